@@ -1,0 +1,50 @@
+# Any base with Python 3.11 and its venv module will do: the slim Python image, or Debian 12 with python3 and python3-venv.
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS dependencies
+# More arguments for pip: an index of CPU-only torch builds makes the image several gigabytes smaller.
+ARG PIP_ARGS=""
+WORKDIR /src
+RUN python3 -m venv /opt/oodgate/venv
+ENV PATH=/opt/oodgate/venv/bin:$PATH
+# Only what names the dependencies is copied here, so that an edit of the code does not install torch again.
+COPY pyproject.toml constraints.txt ./
+RUN python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+        > requirements.txt \
+    && pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt -r requirements.txt
+
+FROM dependencies AS wheel
+COPY README.md LICENSE ./
+COPY detector detector
+COPY service service
+RUN pip wheel --no-cache-dir ${PIP_ARGS} --no-deps --wheel-dir /wheels .
+
+FROM ${BASE}
+# A number, because Kubernetes can prove only of a number that it is not root.
+RUN groupadd --gid 10001 oodgate \
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/oodgate --shell /usr/sbin/nologin oodgate \
+    && install --directory --owner 10001 --group 10001 /var/lib/oodgate
+COPY --from=dependencies /opt/oodgate/venv /opt/oodgate/venv
+ENV PATH=/opt/oodgate/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    OMP_WAIT_POLICY=PASSIVE \
+    MALLOC_ARENA_MAX=2 \
+    OODGATE_HOST=0.0.0.0 \
+    OODGATE_PORT=8000 \
+    OODGATE_MODELS=/opt/oodgate/models \
+    OODGATE_STATE_DIR=/var/lib/oodgate
+# The user of the service must be able to read it, whatever the rights of the files where the image is built.
+COPY --chmod=755 models /opt/oodgate/models
+# A copy rather than a mount: not every builder notices that a mounted wheel has changed.
+COPY --from=wheel /wheels /opt/oodgate/wheels
+RUN pip install --no-cache-dir --no-index --no-deps /opt/oodgate/wheels/*.whl
+
+USER 10001:10001
+WORKDIR /var/lib/oodgate
+VOLUME /var/lib/oodgate
+EXPOSE 8000
+# The empty proxy handler: a proxy in the environment must not be asked for the container's own address.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+    CMD ["python3", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:' + os.environ['OODGATE_PORT'] + '/v2/health/ready', timeout=4)"]
+ENTRYPOINT ["oodgate"]
+CMD ["serve"]

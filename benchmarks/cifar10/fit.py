@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make the embedded default model from trained weights: fit, calibrate, measure, write.
+
+python -m benchmarks.cifar10.fit --weights build/cifar10/weights.safetensors --out models/cifar10/1
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.cifar10.splits import split
+from benchmarks.datasets import CIFAR10_CLASSES, load
+from detector import Network, fit
+from detector.cli import card
+from detector.data import ArrayDataset
+from detector.networks import load_network, parse_spec
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the embedded default model from trained weights.")
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("models/cifar10/1"))
+    args = parser.parse_args()
+    module, spec, preprocessing = load_network(parse_spec("cifar_resnet18"), str(args.weights))
+    sets = {
+        name: ArrayDataset(images, labels, preprocessing, classes=CIFAR10_CLASSES, source=name)
+        for name, (images, labels) in (split() | {"test": load("cifar10-test")}).items()
+    }
+    manifest = fit(
+        Network(module, preprocessing, CIFAR10_CLASSES, spec=spec),
+        sets["fit"],
+        sets["calibration"],
+        args.out,
+        tune=sets["tune"],
+        test=sets["test"],
+        precisions=("fp32", "bf16"),
+        source="5,000 CIFAR-10 training images held out of training",
+    )
+    sys.stdout.write(card(manifest) + "\n")
+
+
+if __name__ == "__main__":
+    main()

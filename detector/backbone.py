@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network and its taps: uint8 images -> Outputs(logits, penultimate, early).
+
+The last linear layer is found by watching one forward pass, so no architecture needs a special case.
+Resuming from the early layer is a forward hook that replaces its output: one mechanism for every network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from detector.errors import BackboneError, DataError, NonFiniteFeatures, TapNotFound
+from detector.images import Preprocessing
+
+Precision = Literal["fp32", "bf16"]
+
+# The first that exists: ResNets, then MobileNets, ConvNeXt and Swin of torchvision, ViT, then the names of timm.
+EARLY_CANDIDATES = (
+    "layer1", "features.1", "encoder.layers.encoder_layer_2", "stages.0", "layers.0", "blocks.0",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one forward pass gives for N images.
+
+    Args:
+        logits: float32 [N, C].
+        penultimate: float32 [N, D], the input of the last linear layer: logits = penultimate @ W.T + b.
+        early: float32 [N, ...], the output of the early layer, where it was asked for.
+        ids: int64 [N], the identity of each image, where it is known.
+    """
+
+    logits: Tensor
+    penultimate: Tensor
+    early: Tensor | None = None
+    ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def __getitem__(self, index: slice | Tensor) -> Outputs:
+        return Outputs(
+            self.logits[index],
+            self.penultimate[index],
+            None if self.early is None else self.early[index],
+            None if self.ids is None else self.ids[index],
+        )
+
+    def with_ids(self, ids: Tensor) -> Outputs:
+        return replace(self, ids=ids)
+
+
+def concatenate(parts: Sequence[Outputs]) -> Outputs:
+    """Join the outputs of several batches; `early` is left behind."""
+    ids = [part.ids for part in parts if part.ids is not None]
+    return Outputs(
+        torch.cat([part.logits for part in parts]),
+        torch.cat([part.penultimate for part in parts]),
+        ids=torch.cat(ids) if len(ids) == len(parts) else None,
+    )
+
+
+class Backbone:
+    """A network in eval mode with its taps.
+
+    Args:
+        module: float images [N, 3, H, W] -> logits [N, C]; kept in eval mode, parameters frozen.
+        preprocessing: the size, mean and std of its input.
+        head: path of the last linear layer; found where not given.
+        early: path of the layer that the mix-up resumes from; the first of EARLY_CANDIDATES where not given.
+        device, precision: where and how the forward runs. bf16 is autocast; the last linear layer is always float32.
+
+    Raises:
+        TapNotFound: no last linear layer, or no layer of that name.
+        BackboneError: the penultimate tap is not one vector per image.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        preprocessing: Preprocessing,
+        *,
+        head: str | None = None,
+        early: str | None = None,
+        device: torch.device | str = "cpu",
+        precision: Precision = "fp32",
+    ) -> None:
+        self.device = torch.device(device)
+        self.precision: Precision = precision
+        self.preprocessing = preprocessing
+        # An unflattened export has neither mode and refuses nothing: its graph was recorded in eval mode.
+        module.train(False)
+        self.module = module.requires_grad_(False).to(self.device)
+        self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing from torch's stubs
+        scale = torch.tensor([preprocessing.mean, preprocessing.std], device=self.device).mul(255).view(2, 3, 1, 1)
+        self._mean, self._std = scale
+        self.head = head or self._find_head()
+        head_module = self._module(self.head)
+        self.weight: Tensor = head_module.get_parameter("weight").float()  # [C, D]
+        bias = getattr(head_module, "bias", None)
+        self.bias: Tensor = bias.float() if isinstance(bias, Tensor) else self.weight.new_zeros(len(self.weight))
+        self.early = early or self._find_early()
+        self._module(self.early)
+
+    @property
+    def num_classes(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(height, width, 3) of one image."""
+        return (*self.preprocessing.crop, 3)
+
+    def outputs(self, images: Tensor, *, early: bool = False) -> Outputs:
+        """Run the network on uint8 images.
+
+        Args:
+            images: uint8 [N, H, W, 3].
+            early: also return the early layer's output.
+
+        Raises:
+            DataError: wrong dtype or shape.
+            NonFiniteFeatures: NaN or infinity came out of the network.
+        """
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.input_shape:
+            seen = f"{images.dtype} {tuple(images.shape)}"
+            raise DataError(f"the network takes uint8 [N, {', '.join(map(str, self.input_shape))}]; got {seen}")
+        if len(images) == 0:
+            empty = self.weight.new_zeros
+            return Outputs(empty(0, self.num_classes), empty(0, self.weight.shape[1]))
+        taps: dict[str, Tensor] = {}
+        with torch.inference_mode(), self._recording(self.early, taps, wanted=early):
+            penultimate = self._penultimate(self._normalised(images))
+            logits = torch.addmm(self.bias, penultimate, self.weight.T)
+        if not bool(torch.isfinite(logits).all()):
+            bad = (~torch.isfinite(logits).all(dim=1)).nonzero().flatten().tolist()
+            raise NonFiniteFeatures(
+                f"the network gave NaN or infinity for image {bad[0]} of the batch; check its weights"
+            )
+        return Outputs(logits, penultimate, taps.get(self.early))
+
+    def resume(self, early: Tensor) -> Tensor:
+        """Run the rest of the network from the early layer's output.
+
+        Args:
+            early: float [N, ...], as `Outputs.early`.
+
+        Returns:
+            float32 [N, D], the penultimate features.
+        """
+        height, width, channels = self.input_shape
+        unused = torch.zeros(len(early), channels, height, width, device=self.device)
+
+        def replace_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            return early.to(self.device, output.dtype)
+
+        handle = self._module(self.early).register_forward_hook(replace_output)
+        try:
+            with torch.inference_mode():
+                return self._penultimate(unused)
+        finally:
+            handle.remove()
+
+    def check_resume(self, images: Tensor) -> None:
+        """Prove on real images that the network has no path around its early layer.
+
+        Raises:
+            BackboneError: resuming from the early layer does not give the features of the whole forward.
+        """
+        outputs = self.outputs(images, early=True)
+        if outputs.early is None:
+            raise TapNotFound(f"the layer {self.early!r} did not run in the forward pass; choose another early layer")
+        error = (self.resume(outputs.early) - outputs.penultimate).abs().max()
+        if error > 1e-3 * outputs.penultimate.abs().max():
+            raise BackboneError(
+                f"features resumed from {self.early!r} differ by {float(error):.3g} from the forward pass: "
+                "the network has a path around that layer; choose another early layer"
+            )
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        pixels = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        normalised: Tensor = (pixels.float() - self._mean) / self._std
+        return normalised
+
+    def _penultimate(self, x: Tensor) -> Tensor:
+        taps: dict[str, Tensor] = {}
+
+        def keep_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            taps["penultimate"] = inputs[0]
+
+        handle = self._module(self.head).register_forward_pre_hook(keep_input)
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                self.module(x)
+        finally:
+            handle.remove()
+        penultimate = taps["penultimate"].float()
+        if penultimate.ndim != 2:
+            shape = tuple(penultimate.shape)
+            raise BackboneError(f"the input of {self.head!r} has shape {shape}; one vector per image is needed")
+        return penultimate
+
+    @contextmanager
+    def _recording(self, path: str, into: dict[str, Tensor], *, wanted: bool) -> Iterator[None]:
+        def keep_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            into[path] = output.float()
+
+        handles = [self._module(path).register_forward_hook(keep_output)] if wanted else []
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _module(self, path: str) -> nn.Module:
+        try:
+            module: nn.Module = self.module.get_submodule(path)
+            return module
+        except AttributeError:
+            names = ", ".join(name for name, _ in self.module.named_modules() if name and name.count(".") < 2)
+            raise TapNotFound(f"the network has no layer {path!r}; it has {names}") from None
+
+    def _find_head(self) -> str:
+        found: list[tuple[str, Tensor]] = []
+
+        def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
+            def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+                if isinstance(output, Tensor):
+                    found.append((path, output))
+
+            return keep
+
+        handles = [
+            module.register_forward_hook(watch(path))
+            for path, module in self.module.named_modules()
+            if _is_linear(module)
+        ]
+        # Not inference mode: an in-place operation of the network on its own buffers must stay possible.
+        with torch.no_grad():
+            logits = self.module(torch.zeros(2, 3, *self.preprocessing.crop, device=self.device))
+        for handle in handles:
+            handle.remove()
+        if not isinstance(logits, Tensor):
+            raise BackboneError(
+                f"the network must return its logits as one tensor; it returned {type(logits).__name__}"
+            )
+        for path, output in reversed(found):
+            if output.shape == logits.shape and torch.equal(output, logits):
+                return path
+        raise TapNotFound("the logits are not the output of a linear layer; GROOD needs logits = W h + b")
+
+    def _find_early(self) -> str:
+        names = {name for name, _ in self.module.named_modules()}
+        for candidate in EARLY_CANDIDATES:
+            if candidate in names:
+                return candidate
+        known = ", ".join(EARLY_CANDIDATES)
+        raise TapNotFound(f"none of the usual early layers ({known}) exists here; name one with --early-layer")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # By its parameters rather than its class: an unflattened export has modules of its own class.
+    parameters = dict(module.named_parameters(recurse=False))
+    return "weight" in parameters and parameters["weight"].ndim == 2 and set(parameters) <= {"weight", "bias"}

@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `oodgate` command."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import numpy as np
+
+from detector import artifact as artifacts, fitting
+from detector.backbone import Precision
+from detector.calibration import Guarantee
+from detector.data import Dataset, Subset, open_dataset
+from detector.detector import Detector
+from detector.errors import ImageError, OodgateError
+from detector.evaluation import OodSet, evaluate as evaluate_detector, table
+from detector.features import Report
+from detector.images import Preprocessing
+from detector.networks import load_network, parse_spec
+from detector.policy import Policy, Verdict
+from detector.scores import FitOptions, registry
+
+
+class Commands(click.Group):
+    """The commands of this file and those that other packages announce as entry points; errors as one clear line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *entry_points(group="oodgate.commands").names])
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        found = entry_points(group="oodgate.commands", name=name)
+        if not found:
+            return super().get_command(ctx, name)
+        command: click.Command = next(iter(found)).load()
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OodgateError as error:
+            raise click.ClickException(f"{error} [{error.code}]") from error
+
+
+FILE = click.Path(path_type=Path)
+EXISTING = click.Path(path_type=Path, exists=True)
+DEVICE = click.option("--device", default="auto", help="cpu, cuda, cuda:N or auto.")
+TARGET = click.option("--target", type=float, default=None, help="Share of in-distribution images to accept.  [0.95]")
+GUARANTEE = click.option(
+    "--guarantee", type=click.Choice(["pac", "marginal", "simultaneous"]), default=None, help="The promise.  [pac]"
+)
+DELTA = click.option("--delta", type=float, default=None, help="Share of calibrations that may break it.  [0.05]")
+ALPHA_CONF = click.option("--alpha-conf", type=float, default=None, help="Budget spent on low confidence.  [0]")
+
+
+@click.group(cls=Commands)
+@click.version_option(package_name="oodgate")
+def main() -> None:
+    """Tells, image by image, whether a vision model may be trusted on this input."""
+
+
+@main.command()
+@click.argument("train", type=EXISTING)
+@click.option("--calibration", type=EXISTING, required=True, help="Images the network was NOT trained on.")
+@click.option("--tune", type=EXISTING, help="More such images, for choices made before calibration.")
+@click.option("--test", type=EXISTING, help="More such images, to check the promise on.")
+@click.option("--backbone", required=True, help="cifar_resnet18, torchvision:NAME, timm:NAME or export:FILE.pt2.")
+@click.option("--weights", help=".safetensors or .pth file, or the name of a weight enum of torchvision.")
+@click.option(
+    "--classes", "classes_file", type=EXISTING, help="Class names, one a line, in the network's output order."
+)
+@click.option("--out", type=FILE, required=True, help="The directory to write: models/NAME/VERSION.")
+@click.option("--resize", type=int, help="Shorter side in pixels before the crop.  [the library's]")
+@click.option("--crop", type=int, help="Side of the centre crop in pixels.  [the library's]")
+@click.option("--mean", type=float, nargs=3, help="Per channel, pixels scaled to 0-1.  [the library's]")
+@click.option("--std", type=float, nargs=3, help="Per channel, pixels scaled to 0-1.  [the library's]")
+@click.option("--interpolation", type=click.Choice(["bilinear", "bicubic", "nearest"]))
+@click.option("--bank-size", default="10000", show_default=True, help="Training gradients kept, or `all`.")
+@click.option("--early-layer", help="Layer the mix-up resumes from.  [layer1 or the like]")
+@click.option("--score", "score_name", default="grood", show_default=True, help="The score that decides.")
+@click.option("--per-class", is_flag=True, help="One threshold for each predicted class; needs --tune.")
+@click.option("--precision", "precisions", type=click.Choice(["fp32", "bf16"]), multiple=True, default=("fp32",))
+@TARGET
+@GUARANTEE
+@DELTA
+@ALPHA_CONF
+@DEVICE
+def fit(
+    train: Path,
+    calibration: Path,
+    tune: Path | None,
+    test: Path | None,
+    backbone: str,
+    weights: str | None,
+    classes_file: Path | None,
+    out: Path,
+    bank_size: str,
+    early_layer: str | None,
+    score_name: str,
+    per_class: bool,
+    precisions: tuple[Precision, ...],
+    target: float | None,
+    guarantee: Literal["pac", "marginal", "simultaneous"] | None,
+    delta: float | None,
+    alpha_conf: float | None,
+    device: str,
+    **preprocessing: Any,
+) -> None:
+    """Fit GROOD to your own classifier.
+
+    TRAIN holds the images it was trained on: one folder for each class, or an .npz with `images` and `labels`.
+    A fit that is interrupted goes on where it stopped.
+    """
+    module, spec, stated = load_network(parse_spec(backbone), weights)
+    prepared = _preprocessing(stated, preprocessing)
+    classes = _class_names(classes_file)
+    training = open_dataset(train, prepared, classes=classes)
+    names = classes or list(training.classes) or [str(index) for index in range(spec.num_classes)]
+    if score_name not in registry():
+        raise click.UsageError(f"there is no score {score_name!r}; known: {', '.join(sorted(registry()))}")
+    network = fitting.Network(
+        module, prepared, tuple(names), spec=None if spec.kind == "export" else spec, early=early_layer
+    )
+    held_out = {
+        name: None if path is None else open_dataset(path, prepared, classes=names)
+        for name, path in {"calibration": calibration, "tune": tune, "test": test}.items()
+    }
+    calibration_set = held_out["calibration"]
+    assert calibration_set is not None
+    total = len(training) + sum(len(part) for part in held_out.values() if part is not None)
+    with _progress(total, "fitting") as report:
+        manifest = fitting.fit(
+            network,
+            training,
+            calibration_set,
+            out,
+            tune=held_out["tune"],
+            test=held_out["test"],
+            options=FitOptions(num_classes=len(names), bank_size=None if bank_size == "all" else int(bank_size)),
+            policy=_policy(Policy(score_name=score_name), target, guarantee, delta, alpha_conf),
+            per_class=per_class,
+            precisions=precisions,
+            device=_device(device),
+            source=str(calibration),
+            report=report,
+        )
+    click.echo(card(manifest))
+
+
+@main.command()
+@click.argument("model", type=EXISTING)
+@click.option("--id", "images", type=EXISTING, required=True, help="In-distribution images, as production sees them.")
+@click.option("--out", type=FILE, help="The directory to write.  [MODEL's next version]")
+@click.option("--groups", type=EXISTING, help="CSV `file,group`: one image of each camera, patient or burst is used.")
+@click.option(
+    "--check-share", type=float, default=0.0, help="Share of the images (or groups) kept to check the promise."
+)
+@TARGET
+@GUARANTEE
+@DELTA
+@ALPHA_CONF
+@DEVICE
+def calibrate(
+    model: Path,
+    images: Path,
+    out: Path | None,
+    groups: Path | None,
+    check_share: float,
+    target: float | None,
+    guarantee: Literal["pac", "marginal", "simultaneous"] | None,
+    delta: float | None,
+    alpha_conf: float | None,
+    device: str,
+) -> None:
+    """Move the promise of MODEL to your own images: a new version beside it."""
+    manifest = artifacts.read_manifest(model)
+    dataset = open_dataset(images, manifest.preprocessing, classes=manifest.class_names)
+    names = _groups(groups, dataset) if groups else None
+    used, checked = _held_out(dataset, names, check_share)
+    with _progress(len(used) * len(manifest.precisions) + len(checked), "calibrating") as report:
+        written = fitting.calibrate(
+            model,
+            Subset(dataset, used),
+            out or _next_version(model),
+            groups=None if names is None else [names[index] for index in used],
+            check=Subset(dataset, checked) if len(checked) else None,
+            policy=_policy(manifest.policy, target, guarantee, delta, alpha_conf),
+            device=_device(device),
+            source=str(images),
+            report=report,
+        )
+    click.echo(card(written))
+
+
+@main.command()
+@click.argument("model", type=EXISTING)
+@click.option("--id", "id_images", type=EXISTING, required=True, help="In-distribution test images of no split.")
+@click.option("--near", multiple=True, metavar="NAME=PATH", help="An OOD set close to the training data.")
+@click.option("--far", multiple=True, metavar="NAME=PATH", help="An OOD set far from the training data.")
+@click.option("--ood", multiple=True, metavar="NAME=PATH", help="An OOD set of no group.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole report for machines.")
+@click.option("--store/--no-store", default=True, help="Write the report into the model directory.  [store]")
+@DEVICE
+def evaluate(
+    model: Path,
+    id_images: Path,
+    near: tuple[str, ...],
+    far: tuple[str, ...],
+    ood: tuple[str, ...],
+    as_json: bool,
+    store: bool,
+    device: str,
+) -> None:
+    """Measure MODEL on in-distribution test images and named OOD sets."""
+    detector = Detector.load(model, device=device)
+    preprocessing = detector.manifest.preprocessing
+    id_test = open_dataset(id_images, preprocessing, classes=detector.manifest.class_names)
+    sets = {
+        name: OodSet(open_dataset(path, preprocessing), group)
+        for group, values in (("near", near), ("far", far), ("other", ood))
+        for name, path in map(_named_path, values)
+    }
+    total = len(id_test) + sum(len(ood_set.dataset) for ood_set in sets.values())
+    with _progress(total, "evaluating") as report:
+        result = evaluate_detector(detector, id_test, sets, report=report)
+    if store:
+        artifacts.replace_report(model, result, detector.manifest.report | {"id": result["id"]})
+    click.echo(json.dumps(result) if as_json else table(result, detector.manifest.policy.score_name))
+
+
+@main.command()
+@click.argument("model", type=EXISTING)
+@click.argument("files", type=EXISTING, nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@DEVICE
+def score(model: Path, files: tuple[Path, ...], as_json: bool, device: str) -> None:
+    """Give the verdict on image FILES; exit status 1 where a file could not be judged."""
+    detector = Detector.load(model, device=device)
+    failed = False
+    if not as_json:
+        click.echo(f"{'decision':9}{'reason':16}{'p-value':>8}  {'score':>10}  {'confidence':>10}  label and file")
+    for path in files:
+        try:
+            verdict = detector.verdicts([path.read_bytes()])[0]
+        except ImageError as error:
+            failed = True
+            problem = {"file": str(path), "problem": {"code": error.code, "detail": str(error)}}
+            click.echo(json.dumps(problem) if as_json else f"{'error':9}{error.code:16}  {path}: {error}")
+            continue
+        click.echo(json.dumps({"file": str(path)} | asdict(verdict)) if as_json else _verdict_line(verdict, path))
+    sys.exit(1 if failed else 0)
+
+
+@main.command()
+@click.argument("model", type=EXISTING)
+@click.option("--json", "as_json", is_flag=True, help="The manifest.")
+def inspect(model: Path, as_json: bool) -> None:
+    """Show the model card of MODEL."""
+    manifest = artifacts.read_manifest(model)
+    click.echo(manifest.model_dump_json(indent=1) if as_json else card(manifest))
+
+
+def card(manifest: artifacts.Manifest) -> str:
+    """The model card, for a terminal."""
+    policy, calibration = manifest.policy, manifest.calibration
+    guarantee = policy.guarantee
+    promise = {
+        "pac": f"with probability {1 - guarantee.delta:.0%} over calibrations",
+        "marginal": "on average over calibrations",
+        "simultaneous": f"for every target at once, with probability {1 - guarantee.delta:.0%} over calibrations",
+    }[guarantee.kind]
+    unit = "groups" if calibration.grouped else "images"
+    low, high = manifest.report["expected_acceptance_interval"]
+    lines = [
+        f"{manifest.name} version {manifest.version}  {manifest.model_digest}",
+        f"network      {manifest.network.kind} {manifest.network.name}".rstrip(),
+        f"input        {manifest.preprocessing.crop[0]} x {manifest.preprocessing.crop[1]}",
+        f"classes      {len(manifest.class_names)}: {', '.join(manifest.class_names[:12])}",
+        f"score        {policy.score_name}; beside it {', '.join(manifest.shadow_scores) or 'none'}",
+        f"fitted on    {manifest.fit.n:,} images, of which the network gets {manifest.fit.accuracy:.1%} right",
+        f"calibrated   on {calibration.n:,} {unit} of {calibration.source or 'unnamed'}",
+        f"promise      accepts {policy.target_id_acceptance:.1%} of such images or more, {promise};",
+        f"             95 % of calibrations give between {low:.2%} and {high:.2%}",
+    ]
+    measured = manifest.report.get("id")
+    if measured:
+        accuracy = "" if measured["accuracy"] is None else f"accuracy {measured['accuracy']:.2%}, "
+        interval = "{:.2%} to {:.2%}".format(*measured["acceptance_interval"])
+        seen = f"{accuracy}accepted {measured['acceptance']:.2%} ({interval})"
+        lines.append(f"measured     on {measured['n']:,} test images: {seen}")
+    return "\n".join(lines)
+
+
+def _verdict_line(verdict: Verdict, path: Path) -> str:
+    ood, prediction = verdict.ood, verdict.prediction
+    return (
+        f"{verdict.decision:9}{verdict.reason:16}{ood.p_value:8.4f}  {ood.score:10.4g}  {prediction.confidence:10.1%}  "
+        f"{prediction.label}  {path}"
+    )
+
+
+def _policy(
+    base: Policy,
+    target: float | None,
+    kind: Literal["pac", "marginal", "simultaneous"] | None,
+    delta: float | None,
+    alpha_conf: float | None,
+) -> Policy:
+    guarantee = Guarantee(kind=kind or base.guarantee.kind, delta=base.guarantee.delta if delta is None else delta)
+    return Policy(
+        target_id_acceptance=base.target_id_acceptance if target is None else target,
+        guarantee=guarantee,
+        score_name=base.score_name,
+        alpha_conf=base.alpha_conf if alpha_conf is None else alpha_conf,
+    )
+
+
+def _preprocessing(stated: Preprocessing, flags: dict[str, Any]) -> Preprocessing:
+    given = {name: value for name, value in flags.items() if value is not None}
+    if "crop" in given:
+        given["crop"] = (given["crop"], given["crop"])
+    return Preprocessing(**(stated.model_dump() | given))
+
+
+def _class_names(path: Path | None) -> list[str] | None:
+    return None if path is None else [line.strip() for line in path.read_text().splitlines() if line.strip()]
+
+
+def _groups(path: Path, dataset: Dataset) -> list[str]:
+    with path.open(newline="") as file:
+        group_of = {row["file"]: row["group"] for row in csv.DictReader(file)}
+    names = [Path(dataset.name(index)) for index in range(len(dataset))]
+    found = [group_of.get(str(name), group_of.get(name.name)) for name in names]
+    missing = [str(name) for name, group in zip(names, found, strict=True) if group is None]
+    if missing:
+        raise click.UsageError(f"{path} names no group for {len(missing)} images, the first of them {missing[0]}")
+    return [group for group in found if group is not None]
+
+
+def _held_out(dataset: Dataset, groups: list[str] | None, share: float) -> tuple[Any, Any]:
+    """Indices to calibrate on and indices to check on; a group falls whole on one side."""
+    units = np.array(groups if groups is not None else [str(index) for index in range(len(dataset))])
+    unique = np.unique(units)
+    checked = np.random.default_rng(0).permutation(unique)[: round(share * len(unique))]
+    is_checked = np.isin(units, checked)
+    return np.flatnonzero(~is_checked), np.flatnonzero(is_checked)
+
+
+def _named_path(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not equals or not Path(path).exists():
+        raise click.UsageError(f"{text!r} must be NAME=PATH, and the path must exist")
+    return name, Path(path)
+
+
+def _next_version(model: Path) -> Path:
+    versions = [int(path.name) for path in model.parent.iterdir() if path.name.isdigit()]
+    return model.parent / str(max(versions, default=0) + 1)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+@contextmanager
+def _progress(total: int, label: str) -> Iterator[Report]:
+    with click.progressbar(length=total, label=label, file=sys.stderr) as bar:
+        yield bar.update

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets as people have them: class folders, flat folders, .npz files, or arrays in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from os import cpu_count
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from detector.errors import DataError, ImageError
+from detector.images import Limits, Pixels, Preprocessing, decode, resize
+
+Labels = NDArray[np.int64]
+UNLABELLED = -1
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+AHEAD = 3  # batches decoded while the network works on one
+
+
+class Dataset(Protocol):
+    """Images by number. `labels` is int64 [N], UNLABELLED where there is none; `classes` names the labels."""
+
+    labels: Labels
+    classes: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Pixels:
+        """One image as the network takes it: uint8 [H, W, 3]."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Where an image comes from, for messages and groups."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A digest that changes with the images and labels; files count by path, size and time."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images uint8 [N, H, W, 3], labels int64 [N], indices int64 [N] into the data set."""
+
+    images: Pixels
+    labels: Labels
+    indices: NDArray[np.int64]
+
+
+class ArrayDataset:
+    """Images in memory: uint8 [N, H, W, 3], any size; labels int64 [N] or None."""
+
+    def __init__(
+        self,
+        images: Pixels,
+        labels: Labels | None,
+        preprocessing: Preprocessing,
+        *,
+        classes: Sequence[str] = (),
+        source: str = "array",
+    ) -> None:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise DataError(f"{source}: images must be uint8 [N, H, W, 3]; got {images.dtype} {images.shape}")
+        if labels is not None and labels.shape != (len(images),):
+            raise DataError(f"{source}: {len(images)} images but labels of shape {labels.shape}")
+        self.images, self.preprocessing, self.source = images, preprocessing, source
+        self.labels = np.full(len(images), UNLABELLED) if labels is None else labels.astype(np.int64)
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Pixels:
+        pixels: Pixels = self.images[index]
+        if pixels.shape[:2] == self.preprocessing.crop and min(pixels.shape[:2]) == self.preprocessing.resize:
+            return pixels
+        return resize(Image.fromarray(pixels), self.preprocessing)
+
+    def name(self, index: int) -> str:
+        return f"{self.source}[{index}]"
+
+    def fingerprint(self) -> str:
+        return _digest(self.labels.tobytes(), np.ascontiguousarray(self.images).data)
+
+
+class FileDataset:
+    """Image files; the folder directly under the root is the class, where there are such folders."""
+
+    def __init__(self, root: Path, preprocessing: Preprocessing, classes: Sequence[str] | None, limits: Limits) -> None:
+        self.paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not self.paths:
+            raise DataError(f"{root} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        self.preprocessing, self.limits = preprocessing, limits
+        folders = [path.relative_to(root).parts[0] if path.parent != root else None for path in self.paths]
+        found = sorted({folder for folder in folders if folder is not None})
+        self.classes: Sequence[str] = list(classes) if classes is not None else found
+        unknown = [folder for folder in found if folder not in self.classes]
+        if unknown:
+            raise DataError(
+                f"{root}: the class list has no {', '.join(unknown[:5])}; it has {', '.join(self.classes[:20])}"
+            )
+        number = {name: index for index, name in enumerate(self.classes)}
+        self.labels = np.array([UNLABELLED if folder is None else number[folder] for folder in folders], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> Pixels:
+        try:
+            return decode(self.paths[index].read_bytes(), self.preprocessing, self.limits)
+        except ImageError as error:
+            raise DataError(f"{self.paths[index]}: {error}. Remove the file from the data set.") from error
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def fingerprint(self) -> str:
+        stats = [(path, path.stat()) for path in self.paths]
+        lines = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
+        return _digest(self.labels.tobytes(), "\n".join(lines).encode())
+
+
+class Subset:
+    """Some images of another data set, in the order of `indices`."""
+
+    def __init__(self, dataset: Dataset, indices: NDArray[np.int64]) -> None:
+        self.dataset, self.indices = dataset, indices
+        self.labels, self.classes = dataset.labels[indices], dataset.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Pixels:
+        return self.dataset.read(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.dataset.name(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        return _digest(self.dataset.fingerprint().encode(), self.indices.tobytes())
+
+
+def open_dataset(
+    path: Path, preprocessing: Preprocessing, *, classes: Sequence[str] | None = None, limits: Limits | None = None
+) -> Dataset:
+    """Open class folders, a flat folder of images, or an .npz with `images` and, where known, `labels`.
+
+    Args:
+        path: folder or .npz file.
+        preprocessing: how images become the network's input.
+        classes: class names in the order of the network's outputs; the sorted folder names where not given.
+        limits: byte and pixel limits of one file.
+
+    Raises:
+        DataError: nothing there, wrong shapes, or a class folder that the class list does not name.
+    """
+    if path.suffix == ".npz" and path.is_file():
+        with np.load(path, allow_pickle=False) as archive:
+            if "images" not in archive:
+                raise DataError(f"{path} has no array `images`; it has {', '.join(archive.files)}")
+            labels = archive.get("labels")
+            return ArrayDataset(archive["images"], labels, preprocessing, classes=classes or (), source=str(path))
+    if path.is_dir():
+        return FileDataset(path, preprocessing, classes, limits or Limits())
+    raise DataError(f"{path} is neither a folder of images nor an .npz file")
+
+
+def batches(dataset: Dataset, batch_size: int, *, start: int = 0, workers: int | None = None) -> Iterator[Batch]:
+    """Read a data set in order, a few batches ahead of the reader.
+
+    Args:
+        dataset: any.
+        batch_size: images in each batch but the last.
+        start: the first image to read.
+        workers: decoding threads; as many as cores where not given.
+
+    Raises:
+        DataError: an image cannot be read; the message names it.
+    """
+    starts = range(start, len(dataset), batch_size)
+    with ThreadPoolExecutor(workers or cpu_count() or 1, thread_name_prefix="decode") as pool:
+        waiting: deque[tuple[NDArray[np.int64], list[Future[Pixels]]]] = deque()
+        for first in starts:
+            indices = np.arange(first, min(first + batch_size, len(dataset)))
+            waiting.append((indices, [pool.submit(dataset.read, int(index)) for index in indices]))
+            if len(waiting) > AHEAD:
+                yield _gather(dataset, *waiting.popleft())
+        while waiting:
+            yield _gather(dataset, *waiting.popleft())
+
+
+def _gather(dataset: Dataset, indices: NDArray[np.int64], images: list[Future[Pixels]]) -> Batch:
+    return Batch(np.stack([image.result() for image in images]), dataset.labels[indices], indices)
+
+
+def _digest(*parts: bytes | memoryview) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

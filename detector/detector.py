@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole chain for a batch of images, from an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from detector import artifact as artifacts
+from detector.artifact import GOLDEN_TOLERANCE, Artifact, Manifest
+from detector.backbone import Backbone, Outputs, Precision
+from detector.errors import ArtifactCorrupt, ArtifactError, GoldenMismatch
+from detector.images import Limits, Pixels, decode, image_ids
+from detector.networks import build, load_export
+from detector.policy import CalibrationScores, Decider, Grouping, Policy, Verdict
+from detector.scores import Score, registry
+
+Images = Pixels | Tensor | Sequence[bytes]
+BATCH = 64
+
+
+class Detector:
+    """Outputs, scores and verdicts of one model.
+
+    Args:
+        manifest: names, preprocessing, policy.
+        backbone: the network, on its device, in its precision.
+        scores: fitted scores by name.
+        calibration: sorted calibration scores in the backbone's precision.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        backbone: Backbone,
+        scores: Mapping[str, Score],
+        calibration: CalibrationScores,
+    ) -> None:
+        self.manifest, self.backbone, self._scores, self.calibration = manifest, backbone, scores, calibration
+        self.decider = self.with_policy(manifest.policy)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        precision: Literal["auto", "fp32", "bf16"] = "auto",
+    ) -> Self:
+        """Read, verify and build a model, and prove it on its golden inputs.
+
+        Args:
+            path: a model directory.
+            device: cpu, cuda, cuda:N, or auto: cuda where there is one.
+            precision: fp32, bf16, or auto: bf16 on cuda where it was calibrated, else fp32.
+
+        Raises:
+            ArtifactNotFound, ArtifactCorrupt, SplitOverlap: see `artifact.load`.
+            ArtifactError: the precision asked for was never calibrated.
+            GoldenMismatch: this machine answers otherwise than the one that wrote the artifact.
+        """
+        artifact = artifacts.load(Path(path))
+        target = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        detector = cls.from_artifact(artifact, target, _chosen_precision(artifact.manifest, target, precision))
+        detector.self_test(artifact.golden)
+        return detector
+
+    @classmethod
+    def from_artifact(cls, artifact: Artifact, device: torch.device, precision: Precision) -> Self:
+        """Build a detector from an artifact in memory, without the golden self-test."""
+        manifest = artifact.manifest
+        backbone = _backbone(artifact, device, precision)
+        scores = {name: registry()[name].from_state(_part(artifact.scores, name), backbone) for name in manifest.scores}
+        return cls(manifest, backbone, scores, calibration_scores(artifact, precision))
+
+    @cached_property
+    def scores_without_backward(self) -> tuple[str, ...]:
+        """The scores that `scores` computes where none are named."""
+        return tuple(name for name, score in self._scores.items() if not score.needs.backward)
+
+    def with_policy(self, policy: Policy, shadows: Sequence[str] | None = None) -> Decider:
+        """A decider for another policy over the same calibration; errors as for `Decider`."""
+        tolerance = self.manifest.score_tolerance[self.backbone.precision].get(policy.score_name, 0.0)
+        chosen = self.manifest.shadow_scores if shadows is None else shadows
+        return Decider(policy, self.calibration, self.manifest.class_names, tolerance=tolerance, shadows=chosen)
+
+    def outputs(self, images: Images) -> Outputs:
+        """Run the network.
+
+        Args:
+            images: uint8 [N, H, W, 3] of the network's input size, or a list of encoded images.
+
+        Raises:
+            DataError: wrong shape or dtype.
+            ImageError: an encoded image cannot be used.
+        """
+        pixels = self.pixels(images)
+        parts = [self.backbone.outputs(part) for part in torch.split(pixels, BATCH)] or [self.backbone.outputs(pixels)]
+        together = Outputs(torch.cat([p.logits for p in parts]), torch.cat([p.penultimate for p in parts]))
+        return together.with_ids(torch.from_numpy(image_ids(pixels.numpy())))
+
+    def scores(self, outputs: Outputs, names: Sequence[str] | None = None) -> dict[str, NDArray[np.float64]]:
+        """Scores float64 [N] by name, larger = more OOD; all that need no backward pass where none are named."""
+        chosen = self.scores_without_backward if names is None else names
+        return {name: self._scores[name].score(outputs).double().cpu().numpy() for name in chosen}
+
+    def verdicts(self, images: Images) -> list[Verdict]:
+        """Verdicts, one an image; arguments and errors as for `outputs`."""
+        return self.judge(self.outputs(images))
+
+    def judge(self, outputs: Outputs, decider: Decider | None = None) -> list[Verdict]:
+        """Verdicts from outputs, under the artifact's policy where no other is given."""
+        decider = decider or self.decider
+        return decider.decide(outputs.logits, self.scores(outputs, (decider.policy.score_name, *decider.shadows)))
+
+    def pixels(self, images: Images) -> Tensor:
+        """Images as one tensor uint8 [N, H, W, 3] on the CPU."""
+        if isinstance(images, Tensor):
+            return images.cpu()
+        if isinstance(images, np.ndarray):
+            return torch.from_numpy(images)
+        preprocessing = self.manifest.preprocessing
+        limits = Limits()
+        decoded = [decode(data, preprocessing, limits) for data in images]
+        return torch.from_numpy(np.stack(decoded) if decoded else np.zeros((0, *self.backbone.input_shape), np.uint8))
+
+    def self_test(self, golden: Mapping[str, Tensor]) -> None:
+        """Compare this machine's answers to the golden inputs with the stored ones.
+
+        Raises:
+            GoldenMismatch: a label or decision differs, or a logit by more than the precision's tolerance.
+        """
+        precision = self.backbone.precision
+        outputs = self.outputs(golden["images"])
+        expected = golden[f"{precision}.logits"]
+        logits = outputs.logits.cpu()
+        allowed = GOLDEN_TOLERANCE[precision] * float(expected.abs().max())
+        error = float((logits - expected).abs().max())
+        if error > allowed:
+            raise GoldenMismatch(f"a golden logit differs by {error:.3g}; {precision} allows {allowed:.3g}")
+        deferred = torch.tensor([verdict.decision == "defer" for verdict in self.judge(outputs)])
+        same = (logits.argmax(1) == golden[f"{precision}.labels"]) & (deferred == golden[f"{precision}.deferred"])
+        if not bool(same.all()):
+            wrong = (~same).nonzero().flatten().tolist()
+            raise GoldenMismatch(f"golden inputs {wrong} get another label or decision than the artifact stores")
+
+
+def calibration_scores(artifact: Artifact, precision: Precision) -> CalibrationScores:
+    """The calibration of one precision, as stored.
+
+    Raises:
+        ArtifactCorrupt: a group's scores are missing.
+    """
+    grouping = Grouping(artifact.manifest.group_of_class, artifact.manifest.group_names)
+    stored = {key: value for key, value in artifact.calibration.items() if key.startswith(f"{precision}.")}
+    names = dict.fromkeys(key.split(".")[1] for key in stored)
+    try:
+        split = {
+            name: [stored[f"{precision}.{name}.{group}"].numpy() for group in range(len(grouping.names))]
+            for name in names
+        }
+    except KeyError as error:
+        raise ArtifactCorrupt(f"the calibration has no {error}") from None
+    return CalibrationScores(grouping, split)
+
+
+def _backbone(artifact: Artifact, device: torch.device, precision: Precision) -> Backbone:
+    manifest = artifact.manifest
+    taps = {"head": manifest.head, "early": manifest.early}
+    if artifact.export is not None:
+        module = load_export(artifact.export, artifacts.EXPORT)
+    elif artifact.weights is not None:
+        module = build(manifest.network)
+        module.load_state_dict(artifact.weights)
+    else:
+        raise ArtifactCorrupt("the artifact holds neither backbone.safetensors nor backbone.pt2")
+    return Backbone(module, manifest.preprocessing, device=device, precision=precision, **taps)
+
+
+def _chosen_precision(manifest: Manifest, device: torch.device, asked: str) -> Precision:
+    if asked == "auto":
+        return "bf16" if device.type == "cuda" and "bf16" in manifest.precisions else "fp32"
+    for precision in manifest.precisions:
+        if precision == asked:
+            return precision
+    raise ArtifactError(f"precision {asked} was never calibrated; this artifact has {', '.join(manifest.precisions)}")
+
+
+def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""p-value -> decision: which score decides, at which target, under which guarantee."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from detector.calibration import Guarantee, Scores, Threshold, exact, p_values, sorted_scores, threshold
+from detector.errors import CalibrationError, TooFewSamples
+
+Decision = Literal["accept", "defer"]
+Reason = Literal["none", "ood", "low_confidence"]
+DOUBT = "low_confidence"  # the score of the second defer reason
+
+
+class Policy(BaseModel):
+    """What the operator asks for.
+
+    Args:
+        target_id_acceptance: share of in-distribution images to accept.
+        guarantee: what is promised about it.
+        score_name: the score that decides.
+        alpha_conf: the part of the deferral budget 1 - target that is spent on low confidence.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target_id_acceptance: float = Field(default=0.95, gt=0, lt=1)
+    guarantee: Guarantee = Guarantee()
+    score_name: str = "grood"
+    alpha_conf: float = Field(default=0.0, ge=0, lt=1)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which calibration group judges which predicted class.
+
+    Args:
+        of_class: group index of each class.
+        names: name of each group.
+    """
+
+    of_class: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    def single(cls, num_classes: int) -> Grouping:
+        """One group for all classes."""
+        return cls((0,) * num_classes, ("all",))
+
+    @classmethod
+    def by_class(cls, of_class: Sequence[int], class_names: Sequence[str]) -> Grouping:
+        """Groups as `calibration.class_groups` numbers them, named by their class, or `other`."""
+        members = {
+            group: [name for name, g in zip(class_names, of_class, strict=True) if g == group] for group in of_class
+        }
+        names = [members[group][0] if len(members[group]) == 1 else "other" for group in sorted(members)]
+        return cls(tuple(of_class), tuple(names))
+
+
+@dataclass(frozen=True)
+class CalibrationScores:
+    """Sorted scores of the calibration images in one precision: for each score (and DOUBT), one array a group."""
+
+    grouping: Grouping
+    scores: Mapping[str, Sequence[Scores]]
+
+    @classmethod
+    def build(cls, grouping: Grouping, scores: Mapping[str, Scores], predicted: NDArray[np.int64]) -> CalibrationScores:
+        """Split scores float64 [n] by the group of the predicted class and sort them."""
+        group = np.asarray(grouping.of_class)[predicted]
+        split = {
+            name: [sorted_scores(values[group == index]) for index in range(len(grouping.names))]
+            for name, values in scores.items()
+        }
+        return cls(grouping, split)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The untouched network's answer: class index, its name, and its softmax probability."""
+
+    index: int
+    label: str
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """What another score says of the same image; it decides nothing."""
+
+    score: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class OodEvidence:
+    """Why the image counts as in-distribution or not. Deferred as OOD iff p_value <= p_cutoff iff score > threshold."""
+
+    score_name: str
+    score: float
+    threshold: float
+    p_value: float
+    p_cutoff: float
+    group: str
+    target_id_acceptance: float
+    borderline: bool
+    shadow: Mapping[str, Shadow]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer for one image."""
+
+    decision: Decision
+    reason: Reason
+    prediction: Prediction
+    ood: OodEvidence
+
+
+def doubt(logits: Tensor) -> Tensor:
+    """Low confidence as a score: -log of the largest softmax probability, float64 [N], larger = less confident."""
+    logits = logits.double()
+    return torch.logsumexp(logits, dim=1) - logits.amax(dim=1)
+
+
+class Decider:
+    """A policy applied to one calibration.
+
+    Args:
+        policy: what is asked for.
+        calibration: what was measured.
+        class_names: in the order of the network's outputs.
+        tolerance: how far the deciding score of one image moves with its batch-mates; nearer to the threshold a
+            verdict is marked borderline.
+        shadows: other scores to report.
+
+    Raises:
+        TooFewSamples: the calibration cannot keep the promise.
+        CalibrationError: an unknown score, or no budget left for OOD.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        calibration: CalibrationScores,
+        class_names: Sequence[str],
+        *,
+        tolerance: float = 0.0,
+        shadows: Sequence[str] = (),
+    ) -> None:
+        self.policy, self.calibration, self.class_names = policy, calibration, class_names
+        self.tolerance = tolerance
+        self.shadows = [name for name in shadows if name != policy.score_name]
+        missing = [name for name in (policy.score_name, *self.shadows) if name not in calibration.scores]
+        if missing:
+            known = ", ".join(name for name in calibration.scores if name != DOUBT)
+            raise CalibrationError(f"there is no calibration of {', '.join(missing)}; calibrated scores: {known}")
+        alpha, alpha_conf = 1 - exact(policy.target_id_acceptance), exact(policy.alpha_conf)
+        if alpha_conf >= alpha:
+            raise CalibrationError(
+                f"alpha_conf {policy.alpha_conf} leaves nothing of the budget {float(alpha):.4g} for OOD"
+            )
+        # Every promise that must hold at once takes an equal share of delta.
+        promises = len(calibration.grouping.names) * (2 if alpha_conf else 1)
+        guarantee = policy.guarantee.model_copy(update={"delta": policy.guarantee.delta / promises})
+        self.thresholds = self._thresholds(policy.score_name, alpha - alpha_conf, guarantee)
+        self.doubt_thresholds = self._thresholds(DOUBT, alpha_conf, guarantee) if alpha_conf else None
+
+    def _thresholds(self, name: str, alpha: Fraction, guarantee: Guarantee) -> list[Threshold]:
+        cuts = []
+        for group, scores in zip(self.calibration.grouping.names, self.calibration.scores[name], strict=True):
+            try:
+                cuts.append(threshold(scores, alpha, guarantee))
+            except TooFewSamples as error:
+                raise TooFewSamples(f"group {group!r}: {error}") from None
+        return cuts
+
+    def decide(self, logits: Tensor, scores: Mapping[str, Scores]) -> list[Verdict]:
+        """Verdicts for a batch.
+
+        Args:
+            logits: [N, C] of the untouched network.
+            scores: float64 [N] by name; the deciding score and all shadows.
+        """
+        probabilities = torch.softmax(logits.double(), dim=1)
+        confidence, predicted = (part.tolist() for part in probabilities.max(dim=1))
+        doubts = doubt(logits).tolist() if self.doubt_thresholds else []
+        verdicts = []
+        for i, label in enumerate(predicted):
+            group = self.calibration.grouping.of_class[label]
+            evidence = self._evidence(
+                group, {name: scores[name][i] for name in (self.policy.score_name, *self.shadows)}
+            )
+            reason: Reason = "none"
+            if evidence.score > evidence.threshold:
+                reason = "ood"
+            elif self.doubt_thresholds and doubts[i] > self.doubt_thresholds[group].value:
+                reason = "low_confidence"
+            prediction = Prediction(label, self.class_names[label], confidence[i])
+            verdicts.append(Verdict("accept" if reason == "none" else "defer", reason, prediction, evidence))
+        return verdicts
+
+    def _evidence(self, group: int, scores: Mapping[str, float]) -> OodEvidence:
+        cut = self.thresholds[group]
+        name = self.policy.score_name
+        p_value = {name: self._p_value(name, group, score) for name, score in scores.items()}
+        return OodEvidence(
+            score_name=name,
+            score=float(scores[name]),
+            threshold=cut.value,
+            p_value=p_value[name],
+            p_cutoff=float(cut.p_cutoff),
+            group=self.calibration.grouping.names[group],
+            target_id_acceptance=self.policy.target_id_acceptance,
+            borderline=bool(abs(scores[name] - cut.value) <= self.tolerance),
+            shadow={other: Shadow(float(scores[other]), p_value[other]) for other in self.shadows},
+        )
+
+    def _p_value(self, name: str, group: int, score: float) -> float:
+        calibration = self.calibration.scores[name][group]
+        return float(p_values(calibration, np.array([score]))[0]) if len(calibration) else 1.0

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the routes share: one object on the app, reached through a dependency."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from service.engine import Engine
+from service.metrics import Metrics
+from service.registry import Registry
+from service.settings import Settings
+
+
+@dataclass(frozen=True)
+class Context:
+    """The running server's parts."""
+
+    settings: Settings
+    metrics: Metrics
+    registry: Registry
+    engine: Engine
+    decoders: ThreadPoolExecutor
+
+
+def _context(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
+
+
+Ctx = Annotated[Context, Depends(_context)]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors of the service, a branch of the detector's tree.
+
+OodgateError
+└── ServiceError                  what the server answers instead of a verdict
+    ├── EmptyRequest              400  no body, or no file in the form
+    ├── MalformedForm             400  multipart/form-data that cannot be parsed
+    ├── ModelNotFound             404  no model or version of that name
+    ├── BodyTooLarge              413  longer than OODGATE_MAX_BODY_BYTES
+    ├── TooManyImages             413  more than OODGATE_MAX_IMAGES
+    ├── UnsupportedMediaType      415  neither an image type nor multipart/form-data
+    ├── QueueFull                 429  OODGATE_QUEUE_CAPACITY images are under way
+    ├── ScoringFailed             500  the network or a score failed on this batch
+    ├── NotReady                  503  no model is loaded, or the server is stopping
+    ├── EngineLost                503  the inference thread has ended
+    └── DeadlinePassed            504  not answered within OODGATE_REQUEST_TIMEOUT_S
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from detector.errors import OodgateError
+
+
+class ServiceError(OodgateError):
+    """What the server answers instead of a verdict."""
+
+    code: ClassVar[str] = "service_error"
+    status: ClassVar[int] = 500
+    retry_after_s: int | None = None
+
+
+class EmptyRequest(ServiceError):
+    """The request carries no image."""
+
+    code, status = "empty_request", 400
+
+
+class MalformedForm(ServiceError):
+    """The form cannot be parsed."""
+
+    code, status = "malformed_form", 400
+
+
+class ModelNotFound(ServiceError):
+    """There is no model or version of that name."""
+
+    code, status = "model_not_found", 404
+
+
+class BodyTooLarge(ServiceError):
+    """The request body is longer than the limit."""
+
+    code, status = "body_too_large", 413
+
+    def __init__(self, limit: int, announced: int | None = None) -> None:
+        seen = "the body is longer than" if announced is None else f"the body has {announced:,} bytes; more than"
+        super().__init__(f"{seen} the limit of {limit:,} bytes. Send a smaller image, or fewer in one request.")
+
+
+class TooManyImages(ServiceError):
+    """One request carries more images than the limit."""
+
+    code, status = "too_many_images", 413
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the request carries more than {limit} images. Send them in several requests.")
+
+
+class UnsupportedMediaType(ServiceError):
+    """The content type is neither an image nor a form."""
+
+    code, status = "unsupported_media_type", 415
+
+
+class QueueFull(ServiceError):
+    """As many images as the server admits are under way."""
+
+    code, status = "queue_full", 429
+
+    def __init__(self, capacity: int, retry_after_s: int) -> None:
+        super().__init__(f"{capacity} images are under way, which is the limit. Try again in {retry_after_s} s.")
+        self.retry_after_s = retry_after_s
+
+
+class ScoringFailed(ServiceError):
+    """The network or a score failed on the batch."""
+
+    code, status = "scoring_failed", 500
+
+
+class NotReady(ServiceError):
+    """No model is loaded, or the server is stopping."""
+
+    code, status = "not_ready", 503
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.retry_after_s = 5
+
+
+class EngineLost(ServiceError):
+    """The inference thread has ended; the process should be restarted."""
+
+    code, status = "engine_lost", 503
+
+    def __init__(self) -> None:
+        super().__init__("the inference thread has ended. Try another replica; this one needs a restart.")
+        self.retry_after_s = 5
+
+
+class DeadlinePassed(ServiceError):
+    """The request was not answered in time."""
+
+    code, status = "deadline_passed", 504
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"not answered within {seconds:g} s. Send less at once, or raise OODGATE_REQUEST_TIMEOUT_S.")

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every metric of the server, on a registry of its own. Series exist at 0 from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.gc_collector import GCCollector
+
+from detector import __version__
+from detector.artifact import Manifest
+from detector.calibration import acceptance_interval
+from detector.policy import Decider, Reason, Verdict
+
+STAGES = ("read", "decode", "queue", "forward", "score", "respond")
+REASONS: tuple[Reason, ...] = ("none", "ood", "low_confidence")
+REJECTIONS = ("queue_full", "deadline", "too_large", "pixels", "bad_image", "media_type", "not_ready")
+HANDLERS = ("/v1/verdict", "/v1/models/{name}/verdict", "/v1/models/{name}/versions/{version}/verdict")
+P_VALUE_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+MODEL, SCORED = ("model", "version"), ("model", "version", "score")
+
+
+class Metrics:
+    """The server's metrics; one object per app, so that two apps in one process do not mix."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=registry)
+
+        def counter(name: str, text: str, labels: Sequence[str] = ()) -> Counter:
+            return Counter(f"oodgate_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
+            return Gauge(f"oodgate_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, labels: Sequence[str], buckets: Sequence[float]) -> Histogram:
+            return Histogram(f"oodgate_{name}", text, labels, registry=registry, buckets=tuple(buckets))
+
+        self.decisions = counter("decisions", "Images judged.", (*SCORED, "decision", "reason"))
+        self.p_value = histogram("p_value", "Conformal p-value of each image.", SCORED, P_VALUE_BUCKETS)
+        self.shadow_disagreements = counter(
+            "shadow_disagreements", "Images that a shadow score, at the same cut-off, would judge otherwise.", SCORED
+        )
+        self.threshold = gauge(
+            "threshold", "Score above which an image is deferred; the largest of all groups.", SCORED
+        )
+        self.calibration_samples = gauge("calibration_samples", "Calibration images, or groups of images.", SCORED)
+        self.target = gauge("calibration_target_id_acceptance_ratio", "Share of ID images to accept.", SCORED)
+        self.acceptance_lower = gauge(
+            "calibration_id_acceptance_lower_ratio", "Lower 95 % bound of ID acceptance.", SCORED
+        )
+        self.acceptance_upper = gauge(
+            "calibration_id_acceptance_upper_ratio", "Upper 95 % bound of ID acceptance.", SCORED
+        )
+        self.calibrated = gauge("calibration_timestamp_seconds", "When the model was calibrated.", SCORED)
+        self.model_ready = gauge("model_ready", "1 where the model is loaded and passed its self-test.", MODEL)
+        self.model_info = gauge(
+            "model_info", "1; the labels tell the model.", (*MODEL, "score", "network", "digest", "device", "precision")
+        )
+        self.model_loads = counter("model_loads", "Attempts to load a model.", ("result",))
+        self.build_info = gauge("build_info", "1; the label tells the release.", ("version",))
+
+        self.requests = counter("http_requests", "Requests answered.", ("handler", "method", "status"))
+        self.request_seconds = histogram(
+            "http_request_duration_seconds", "Time to answer a request.", ("handler", "method"), LATENCY_BUCKETS
+        )
+        self.stage_seconds = histogram(
+            "stage_duration_seconds",
+            "Time in read and respond (a request), decode and queue (an image), forward and score (a batch).",
+            ("stage",),
+            LATENCY_BUCKETS,
+        )
+        self.batch_size = histogram("batch_size", "Images in one forward pass.", (), BATCH_BUCKETS)
+        self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered.")
+        self.queue_capacity = gauge("queue_capacity", "Images admitted at most.")
+        self.in_progress = gauge("requests_in_progress", "Requests being answered.")
+        self.rejected = counter("requests_rejected", "Requests or images not judged.", ("reason",))
+        self.heartbeat = gauge("engine_heartbeat_timestamp_seconds", "When the inference thread last showed life.")
+        self._start_at_zero()
+
+    def _start_at_zero(self) -> None:
+        self.build_info.labels(__version__).set(1)
+        for stage in STAGES:
+            self.stage_seconds.labels(stage)
+        for reason in REJECTIONS:
+            self.rejected.labels(reason)
+        for result in ("success", "failure"):
+            self.model_loads.labels(result)
+        for handler in HANDLERS:
+            self.request_seconds.labels(handler, "POST")
+            for status in ("200", "413", "415", "422", "429", "503"):
+                self.requests.labels(handler, "POST", status)
+
+    def watch(self, queue_depth: Callable[[], float], heartbeat: Callable[[], float], capacity: int) -> None:
+        """Read the engine's gauges whenever they are scraped."""
+        self.queue_depth.set_function(queue_depth)
+        self.heartbeat.set_function(heartbeat)
+        self.queue_capacity.set(capacity)
+
+    def announce(self, manifest: Manifest, decider: Decider, device: str, precision: str) -> None:
+        """Show a model that became ready, with all its series."""
+        score = decider.policy.score_name
+        model = (manifest.name, manifest.version)
+        cuts = decider.thresholds
+        intervals = [acceptance_interval(cut.rank, cut.n) for cut in cuts]
+        self.threshold.labels(*model, score).set(max(cut.value for cut in cuts))
+        self.calibration_samples.labels(*model, score).set(sum(cut.n for cut in cuts))
+        self.target.labels(*model, score).set(decider.policy.target_id_acceptance)
+        self.acceptance_lower.labels(*model, score).set(min(low for low, _ in intervals))
+        self.acceptance_upper.labels(*model, score).set(max(high for _, high in intervals))
+        self.calibrated.labels(*model, score).set(manifest.calibration.timestamp)
+        self.model_ready.labels(*model).set(1)
+        network = f"{manifest.network.kind}:{manifest.network.name}".rstrip(":")
+        self.model_info.labels(*model, score, network, manifest.model_digest, device, precision).set(1)
+        self.p_value.labels(*model, score)
+        for reason in REASONS:
+            self.decisions.labels(*model, score, "accept" if reason == "none" else "defer", reason)
+        for shadow in decider.shadows:
+            self.shadow_disagreements.labels(*model, shadow)
+
+    def count_verdicts(self, manifest: Manifest, verdicts: Sequence[Verdict]) -> None:
+        """Count a batch of verdicts of one model."""
+        model = (manifest.name, manifest.version)
+        for verdict in verdicts:
+            ood = verdict.ood
+            self.decisions.labels(*model, ood.score_name, verdict.decision, verdict.reason).inc()
+            self.p_value.labels(*model, ood.score_name).observe(ood.p_value)
+            deferred = ood.p_value <= ood.p_cutoff
+            for name, shadow in ood.shadow.items():
+                if (shadow.p_value <= ood.p_cutoff) != deferred:
+                    self.shadow_disagreements.labels(*model, name).inc()

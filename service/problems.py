@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors -> RFC 9457 problem documents, in one place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from detector.errors import ImageError, OodgateError, TooManyBytes, TooManyPixels, UnsupportedImageFormat
+from service.errors import ServiceError
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+_STATUS: Mapping[type[OodgateError], int] = {
+    TooManyBytes: 413,
+    TooManyPixels: 413,
+    UnsupportedImageFormat: 415,
+    ImageError: 422,
+}
+
+
+def status_of(error: OodgateError) -> int:
+    """The HTTP status of an error."""
+    if isinstance(error, ServiceError):
+        return error.status
+    return next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
+
+
+def problem(error: OodgateError, *, index: int | None = None) -> dict[str, Any]:
+    """The problem document of an error; `index` is the image's place in its request.
+
+    Besides the members of RFC 9457 it has `code`, a stable word, and `error`, as the Open Inference Protocol asks.
+    """
+    retry = error.retry_after_s if isinstance(error, ServiceError) else None
+    detail = str(error) if index is None else f"image {index}: {error}"
+    extra = {"index": index, "retry_after_s": retry}
+    return _document(status_of(error), error.code, detail) | {k: v for k, v in extra.items() if v is not None}
+
+
+def response(error: OodgateError, request: Request, *, index: int | None = None) -> JSONResponse:
+    """The HTTP answer of an error."""
+    return _answer(problem(error, index=index), request)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of the app with a problem document."""
+
+    @app.exception_handler(OodgateError)
+    async def on_known(request: Request, error: OodgateError) -> JSONResponse:
+        return response(error, request)
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, error: HTTPException) -> JSONResponse:
+        code = HTTPStatus(error.status_code).name.lower()
+        answer = _answer(_document(error.status_code, code, str(error.detail)), request)
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(Exception)
+    async def on_unknown(request: Request, error: Exception) -> JSONResponse:
+        log.error("unexpected error", exc_info=error, extra={"request_id": request.scope.get("request_id")})
+        return _answer(_document(500, "internal_error", "unexpected error; the log has more under this id"), request)
+
+
+def _document(status: int, code: str, detail: str) -> dict[str, Any]:
+    title = HTTPStatus(status).phrase
+    kind = f"urn:oodgate:error:{code}"
+    return {"type": kind, "title": title, "status": status, "detail": detail, "code": code, "error": detail}
+
+
+def _answer(document: dict[str, Any], request: Request) -> JSONResponse:
+    whole = document | {"instance": request.url.path, "request_id": request.scope.get("request_id", "")}
+    retry = document.get("retry_after_s")
+    headers = {} if retry is None else {"Retry-After": str(retry)}
+    return JSONResponse(whole, document["status"], headers, media_type=MEDIA_TYPE)

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Liveness, readiness, metrics. None of them touches the model."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client.exposition import choose_encoder
+
+from service.context import Ctx
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/v2/health/live", operation_id="live", summary="Is the process worth keeping?")
+async def live(context: Ctx) -> JSONResponse:
+    """200 while the inference thread shows life, however busy it is; 503 asks for a restart."""
+    alive = context.engine.alive
+    return JSONResponse({"live": alive}, 200 if alive else 503)
+
+
+@router.get("/v2/health/ready", operation_id="ready", summary="May traffic be sent here?")
+async def ready(context: Ctx) -> JSONResponse:
+    """200 once a model is loaded, proven and warm, until the server begins to stop."""
+    is_ready = context.registry.ready and context.engine.accepting and context.engine.alive
+    return JSONResponse({"ready": is_ready, "live": context.engine.alive}, 200 if is_ready else 503)
+
+
+@router.get("/metrics", operation_id="metrics", summary="Prometheus metrics")
+async def metrics(context: Ctx, request: Request) -> Response:
+    """The text format, or OpenMetrics where the scraper asks for it."""
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(context.metrics.registry), media_type=content_type)

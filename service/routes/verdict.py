@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An image in, a verdict out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from detector.errors import ImageError, OodgateError, TooManyBytes, TooManyPixels
+from detector.images import decode
+from service import problems
+from service.context import Context, Ctx
+from service.engine import Answer, ServedModel
+from service.errors import (
+    BodyTooLarge,
+    DeadlinePassed,
+    EmptyRequest,
+    EngineLost,
+    MalformedForm,
+    NotReady,
+    QueueFull,
+    ServiceError,
+    TooManyImages,
+    UnsupportedMediaType,
+)
+from service.schemas import Problem, VerdictBody, VerdictList, verdict_body
+
+router = APIRouter(tags=["verdict"])
+
+IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
+FORM_TYPE = "multipart/form-data"
+_BYTES = {"type": "string", "format": "binary"}
+_FORM = {"type": "object", "properties": {"file": {"type": "array", "items": _BYTES}}, "required": ["file"]}
+_DOCUMENTED: dict[str, Any] = {
+    "openapi_extra": {
+        "requestBody": {
+            "required": True,
+            "content": {kind: {"schema": _BYTES} for kind in IMAGE_TYPES} | {FORM_TYPE: {"schema": _FORM}},
+        }
+    },
+    "responses": {
+        200: {"model": VerdictBody | VerdictList, "description": "One verdict, or `verdicts` for several files."},
+        **{status: {"model": Problem} for status in (400, 404, 413, 415, 422, 429, 500, 503, 504)},
+    },
+}
+_REJECTION: dict[type[OodgateError], str] = {
+    QueueFull: "queue_full",
+    DeadlinePassed: "deadline",
+    BodyTooLarge: "too_large",
+    TooManyImages: "too_large",
+    TooManyBytes: "too_large",
+    TooManyPixels: "pixels",
+    ImageError: "bad_image",
+    UnsupportedMediaType: "media_type",
+    NotReady: "not_ready",
+    EngineLost: "not_ready",
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer, and the seconds its image took to decode and in all."""
+
+    answer: Answer
+    decode_s: float
+    total_s: float
+
+
+@router.post("/v1/verdict", operation_id="verdict", summary="Judge images by the default model", **_DOCUMENTED)
+async def verdict(request: Request, context: Ctx) -> JSONResponse:
+    """One image as the raw body, or one or more `file` parts of a form. A deferred image is a 200 too."""
+    return await _respond(request, context, None, None)
+
+
+@router.post(
+    "/v1/models/{name}/verdict", operation_id="model_verdict", summary="Judge images by a named model", **_DOCUMENTED
+)
+async def model_verdict(name: str, request: Request, context: Ctx) -> JSONResponse:
+    """As /v1/verdict."""
+    return await _respond(request, context, name, None)
+
+
+@router.post(
+    "/v1/models/{name}/versions/{version}/verdict",
+    operation_id="version_verdict",
+    summary="Judge images by one version of a model",
+    **_DOCUMENTED,
+)
+async def version_verdict(name: str, version: str, request: Request, context: Ctx) -> JSONResponse:
+    """As /v1/verdict; 404 where that version is not loaded."""
+    return await _respond(request, context, name, version)
+
+
+async def _respond(request: Request, context: Context, name: str | None, version: str | None) -> JSONResponse:
+    try:
+        model = context.registry.get(name, version)
+        started = time.monotonic()
+        files, several = await _read(request, context)
+        context.metrics.stage_seconds.labels("read").observe(time.monotonic() - started)
+        with context.engine.admit(len(files)):
+            results = await _judge_all(context, model, files, started)
+    except OodgateError as error:
+        _count_rejection(context, error)
+        raise
+    responding = time.monotonic()
+    answer = _body(request, model, results) if several else _single(request, model, results[0])
+    context.metrics.stage_seconds.labels("respond").observe(time.monotonic() - responding)
+    return answer
+
+
+async def _read(request: Request, context: Context) -> tuple[list[bytes], bool]:
+    """The encoded images of a request, and whether they are answered as a list."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == FORM_TYPE:
+        files = await _read_form(request, context.settings.max_images, context.settings.max_body_bytes)
+        return files, len(files) > 1
+    if kind not in IMAGE_TYPES:
+        wanted = ", ".join((*IMAGE_TYPES, FORM_TYPE))
+        raise UnsupportedMediaType(f"content type {kind or 'missing'!r} is not supported; send one of {wanted}")
+    body = await request.body()
+    if not body:
+        raise EmptyRequest("the body is empty; send one image")
+    return [body], False
+
+
+async def _read_form(request: Request, max_images: int, max_bytes: int) -> list[bytes]:
+    # One file more than allowed may pass the parser, so that the answer can be ours.
+    parser = MultiPartParser(request.headers, request.stream(), max_files=max_images + 1, max_fields=100)
+    parser.spool_max_size = max_bytes  # stay in memory: the body limit bounds it, and the disk may be read-only
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        if error.message.startswith("Too many files"):
+            raise TooManyImages(max_images) from error
+        raise MalformedForm(f"the form cannot be parsed: {error.message}") from error
+    except KeyError as error:
+        raise MalformedForm("the form has no boundary in its content type") from error
+    try:
+        files = [
+            await part.read() for name, part in form.multi_items() if isinstance(part, UploadFile) and name == "file"
+        ]
+    finally:
+        await form.close()
+    if not files:
+        raise EmptyRequest("the form has no file part named `file`; send one or more")
+    if len(files) > max_images:
+        raise TooManyImages(max_images)
+    return files
+
+
+async def _judge_all(
+    context: Context, model: ServedModel, files: Sequence[bytes], started: float
+) -> list[Judged | OodgateError]:
+    """One result an image; an image that fails does so alone."""
+    deadline = started + context.settings.request_timeout_s
+    results = await asyncio.gather(
+        *(_judge(context, model, data, started, deadline) for data in files), return_exceptions=True
+    )
+    judged: list[Judged | OodgateError] = []
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, OodgateError):
+            raise result
+        judged.append(result)
+    return judged
+
+
+async def _judge(context: Context, model: ServedModel, data: bytes, started: float, deadline: float) -> Judged:
+    preprocessing = model.detector.manifest.preprocessing
+    limits = context.settings.limits
+
+    def timed_decode() -> tuple[Any, float]:
+        began = time.monotonic()
+        return decode(data, preprocessing, limits), time.monotonic() - began
+
+    image, decode_s = await asyncio.get_running_loop().run_in_executor(context.decoders, timed_decode)
+    context.metrics.stage_seconds.labels("decode").observe(decode_s)
+    answer = await context.engine.judge(model, image, deadline)
+    return Judged(answer, decode_s, time.monotonic() - started)
+
+
+def _single(request: Request, model: ServedModel, result: Judged | OodgateError) -> JSONResponse:
+    if isinstance(result, OodgateError):
+        _count_rejection(request.app.state.context, result)
+        return problems.response(result, request, index=0)
+    body = verdict_body(model, result.answer, request.scope["request_id"], result.decode_s, result.total_s)
+    return JSONResponse(body, headers={"X-OODGate-Decision": body["decision"]})
+
+
+def _body(request: Request, model: ServedModel, results: Sequence[Judged | OodgateError]) -> JSONResponse:
+    request_id = request.scope["request_id"]
+    failures = [result for result in results if isinstance(result, OodgateError)]
+    if len(failures) == len(results) and all(isinstance(failure, ServiceError) for failure in failures):
+        raise failures[0]  # the server failed, not the images: say so in the status
+    for failure in failures:
+        _count_rejection(request.app.state.context, failure)
+    bodies = [
+        {"problem": problems.problem(result, index=index)}
+        if isinstance(result, OodgateError)
+        else verdict_body(model, result.answer, request_id, result.decode_s, result.total_s)
+        for index, result in enumerate(results)
+    ]
+    # The strictest decision of all: a caller that reads the header alone forwards only what is wholly accepted.
+    accepted = all(body.get("decision") == "accept" for body in bodies)
+    return JSONResponse({"verdicts": bodies}, headers={"X-OODGate-Decision": "accept" if accepted else "defer"})
+
+
+def _count_rejection(context: Context, error: OodgateError) -> None:
+    reason = next((reason for kind, reason in _REJECTION.items() if isinstance(error, kind)), None)
+    if reason is not None:
+        context.metrics.rejected.labels(reason).inc()

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shapes of the API's answers, for its OpenAPI document and for the people who read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from detector.artifact import Manifest
+from detector.calibration import acceptance_interval
+from detector.policy import Decision, Reason
+from service.engine import Answer, ServedModel
+
+
+class ModelRef(BaseModel):
+    name: str
+    version: str
+    digest: str = Field(description="SHA-256 over everything in the model that influences a verdict.")
+
+
+class PredictionBody(BaseModel):
+    index: int
+    label: str
+    confidence: float = Field(description="Softmax probability of the prediction, 0-1.")
+
+
+class ShadowBody(BaseModel):
+    score: float
+    p_value: float
+
+
+class OodBody(BaseModel):
+    score_name: str
+    score: float = Field(description="Larger = more OOD.")
+    threshold: float
+    p_value: float = Field(description="Conformal p-value; small = unlike the calibration images.")
+    p_cutoff: float = Field(description="Deferred as OOD iff p_value <= p_cutoff iff score > threshold.")
+    group: str = Field(description="The calibration group that judged: all, a class, or other.")
+    target_id_acceptance: float
+    borderline: bool = Field(
+        description="The score lies so near the threshold that rounding could change the decision."
+    )
+    shadow: dict[str, ShadowBody] = Field(description="What other scores say; they decide nothing.")
+
+
+class TimingBody(BaseModel):
+    decode: float
+    queue: float
+    forward: float = Field(description="Of the whole batch this image was in.")
+    score: float = Field(description="Of the whole batch this image was in.")
+    total: float
+
+
+class VerdictBody(BaseModel):
+    request_id: str
+    model: ModelRef
+    decision: Decision
+    reason: Reason
+    prediction: PredictionBody
+    ood: OodBody
+    timing_ms: TimingBody
+
+
+class Problem(BaseModel):
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    error: str
+    instance: str = ""
+    request_id: str = ""
+    index: int | None = None
+    retry_after_s: int | None = None
+
+
+class ItemProblem(BaseModel):
+    problem: Problem
+
+
+class VerdictList(BaseModel):
+    verdicts: list[VerdictBody | ItemProblem]
+
+
+class CalibrationBody(BaseModel):
+    n: int
+    unit: str
+    source: str
+    timestamp: float
+    target_id_acceptance: float
+    guarantee: dict[str, Any]
+    expected_acceptance_interval: tuple[float, float]
+    promise: str
+
+
+class ForwardBody(BaseModel):
+    device: str
+    precision: str
+    mode: str
+    settled: bool
+
+
+class ModelCard(BaseModel):
+    name: str
+    version: str
+    digest: str
+    created: str
+    ready: bool
+    classes: list[str]
+    preprocessing: dict[str, Any]
+    score: str
+    shadow_scores: list[str]
+    calibration: CalibrationBody
+    forward: ForwardBody
+    report: dict[str, Any]
+
+
+class ModelList(BaseModel):
+    models: list[ModelCard]
+
+
+def verdict_body(
+    model: ServedModel, answer: Answer, request_id: str, decode_s: float, total_s: float
+) -> dict[str, Any]:
+    """One verdict as JSON; VerdictBody says what it holds."""
+    manifest, timing = model.detector.manifest, answer.timing
+    seconds = {
+        "decode": decode_s,
+        "queue": timing.queue,
+        "forward": timing.forward,
+        "score": timing.score,
+        "total": total_s,
+    }
+    return {
+        "request_id": request_id,
+        "model": {"name": manifest.name, "version": manifest.version, "digest": manifest.model_digest},
+        **asdict(answer.verdict),
+        "timing_ms": {stage: round(1000 * value, 3) for stage, value in seconds.items()},
+    }
+
+
+def model_card(model: ServedModel) -> ModelCard:
+    """What a model is, what calibrated it and what that promises."""
+    manifest, decider = model.detector.manifest, model.decider
+    backbone = model.detector.backbone
+    intervals = [acceptance_interval(cut.rank, cut.n) for cut in decider.thresholds]
+    interval = (min(low for low, _ in intervals), max(high for _, high in intervals))
+    return ModelCard(
+        name=manifest.name,
+        version=manifest.version,
+        digest=manifest.model_digest,
+        created=manifest.created,
+        ready=True,
+        classes=list(manifest.class_names),
+        preprocessing=manifest.preprocessing.model_dump(),
+        score=decider.policy.score_name,
+        shadow_scores=list(decider.shadows),
+        calibration=CalibrationBody(
+            n=manifest.calibration.n,
+            unit="groups" if manifest.calibration.grouped else "images",
+            source=manifest.calibration.source,
+            timestamp=manifest.calibration.timestamp,
+            target_id_acceptance=decider.policy.target_id_acceptance,
+            guarantee=decider.policy.guarantee.model_dump(),
+            expected_acceptance_interval=interval,
+            promise=promise(manifest, decider.calibration.grouping.names),
+        ),
+        forward=ForwardBody(device=str(backbone.device), precision=backbone.precision, mode="eager", settled=True),
+        report=manifest.report,
+    )
+
+
+def promise(manifest: Manifest, groups: Sequence[str]) -> str:
+    """The guarantee in one sentence."""
+    policy = manifest.policy
+    share = (
+        f"at least {policy.target_id_acceptance:.4g} of the images distributed as the calibration images are accepted"
+    )
+    where = "" if len(groups) == 1 else ", in each calibration group"
+    sure = f"in {1 - policy.guarantee.delta:.4g} of calibrations"
+    how = {"pac": sure, "simultaneous": f"for every target at once, {sure}", "marginal": "on average over calibrations"}
+    return f"{share}{where}, {how[policy.guarantee.kind]}; nothing is promised about OOD images."

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from detector import Detector, artifact as artifacts, calibrate, fit
+from detector.backbone import Backbone
+from detector.calibration import Guarantee
+from detector.data import ArrayDataset
+from detector.errors import ArtifactError, ClassOrderMismatch, DataError, SplitOverlap, TooFewSamples
+from detector.features import Progress, fit_scores
+from detector.fitting import Network, check_class_order
+from detector.images import Pixels
+from detector.networks import CIFAR_PREPROCESSING
+from detector.policy import Policy
+from detector.scores import FitOptions
+from tests.helpers import TOY_CLASSES, toy_dataset, toy_images, toy_model, toy_network
+
+OPTIONS = FitOptions(num_classes=4, bank_size=100, mixup_images=20)
+
+
+def test_the_manifest_tells_what_was_done(toy: Path) -> None:
+    manifest = artifacts.read_manifest(toy)
+    assert manifest.splits == {"fit": 300, "tune": 100, "calibration": 300}
+    assert (manifest.calibration.n, manifest.calibration.dropped) == (300, 0)
+    assert manifest.fit.accuracy > 0.9
+    low, high = manifest.report["id"]["acceptance_interval"]
+    assert low <= manifest.report["id"]["acceptance"] <= high
+
+
+def test_in_distribution_images_are_accepted_and_others_deferred(toy: Path) -> None:
+    detector = Detector.load(toy)
+    known, _ = toy_images(400, seed=20)
+    strange = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
+    accepted = np.mean([verdict.decision == "accept" for verdict in detector.verdicts(known)])
+    deferred = np.mean([verdict.decision == "defer" for verdict in detector.verdicts(strange)])
+    assert accepted > 0.92
+    assert deferred > 0.5
+
+
+def test_labels_in_another_order_are_refused_with_what_was_seen() -> None:
+    network = toy_network()
+    images, labels = toy_images(200, seed=1)
+    shifted = ArrayDataset(images, (labels + 1) % 4, CIFAR_PREPROCESSING, classes=TOY_CLASSES)
+    with pytest.raises(ClassOrderMismatch, match=r"'green' \(label 1\) is mostly answered 'red' \(output 0.*--classes"):
+        check_class_order(Backbone(network.module, CIFAR_PREPROCESSING), shifted, TOY_CLASSES)
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_out_of_range_are_refused(label: int) -> None:
+    images, labels = toy_images(20, seed=1)
+    labels[3] = label
+    dataset = ArrayDataset(images, labels, CIFAR_PREPROCESSING)
+    with pytest.raises(DataError, match="from 0 to 3"):
+        check_class_order(Backbone(toy_network().module, CIFAR_PREPROCESSING), dataset, TOY_CLASSES)
+
+
+def test_a_wrong_number_of_class_names_is_refused(tmp_path: Path) -> None:
+    network = toy_network()
+    short = Network(network.module, network.preprocessing, TOY_CLASSES[:3], spec=network.spec)
+    with pytest.raises(DataError, match="3 class names, but the network has 4 outputs"):
+        fit(short, toy_dataset(50, 1), toy_dataset(100, 2), tmp_path / "m" / "1")
+
+
+def test_calibration_images_that_were_fitted_on_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SplitOverlap, match="100 of 100 calibration images"):
+        fit(toy_network(), toy_dataset(100, 1), toy_dataset(100, 1), tmp_path / "m" / "1", options=OPTIONS)
+
+
+def test_a_few_shared_images_are_dropped_and_counted(tmp_path: Path) -> None:
+    images, labels = toy_images(400, seed=2)
+    images[7] = toy_images(100, seed=1)[0][5]
+    calibration = ArrayDataset(images, labels, CIFAR_PREPROCESSING, classes=TOY_CLASSES)
+    manifest = fit(toy_network(), toy_dataset(100, 1), calibration, tmp_path / "m" / "1", options=OPTIONS)
+    assert (manifest.calibration.n, manifest.calibration.dropped) == (399, 1)
+
+
+def test_too_few_calibration_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TooFewSamples, match="at least 59"):
+        fit(toy_network(), toy_dataset(100, 1), toy_dataset(58, 2), tmp_path / "m" / "1", options=OPTIONS)
+    assert not (tmp_path / "m" / "1").exists()
+
+
+def test_any_module_is_fitted_and_served_without_its_code(tmp_path: Path) -> None:
+    class Theirs(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.inner(x)
+            return logits
+
+    known = toy_network()
+    network = Network(Theirs(known.module), CIFAR_PREPROCESSING, TOY_CLASSES, early="inner.layer1")
+    fit(network, toy_dataset(200, 1), toy_dataset(300, 2), tmp_path / "m" / "1", options=OPTIONS)
+    assert (tmp_path / "m" / "1" / "backbone.pt2").exists()
+    images, labels = toy_images(100, seed=5)
+    verdicts = Detector.load(tmp_path / "m" / "1").verdicts(images)
+    assert np.mean([verdict.prediction.index for verdict in verdicts] == labels) > 0.9
+
+
+def test_thresholds_for_each_class(tmp_path: Path) -> None:
+    manifest = fit(
+        toy_network(),
+        toy_dataset(200, 1),
+        toy_dataset(1600, 2),
+        tmp_path / "m" / "1",
+        tune=toy_dataset(1200, 3),
+        options=OPTIONS,
+        per_class=True,
+    )
+    assert set(manifest.group_names) == set(TOY_CLASSES)
+    verdicts = Detector.load(tmp_path / "m" / "1").verdicts(toy_images(50, seed=5)[0])
+    assert all(verdict.ood.group == verdict.prediction.label for verdict in verdicts)
+
+
+def test_thresholds_for_each_class_need_a_tune_set(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="tune set"):
+        fit(
+            toy_network(),
+            toy_dataset(100, 1),
+            toy_dataset(100, 2),
+            tmp_path / "m" / "1",
+            per_class=True,
+            options=OPTIONS,
+        )
+
+
+def test_two_precisions_are_calibrated_apart(tmp_path: Path) -> None:
+    path = tmp_path / "m" / "1"
+    fit(toy_network(), toy_dataset(100, 1), toy_dataset(300, 2), path, options=OPTIONS, precisions=("fp32", "bf16"))
+    full, half = Detector.load(path, precision="fp32"), Detector.load(path, precision="bf16")
+    assert full.decider.thresholds != half.decider.thresholds
+
+
+def test_an_interrupted_fit_goes_on_and_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detector.features.SHARD", 128)
+    network = toy_network()
+    backbone = Backbone(network.module, network.preprocessing)
+    straight, ids = fit_scores(["grood"], backbone, toy_dataset(600, 1), OPTIONS)
+
+    class PowerCut(Exception):
+        pass
+
+    class Failing(ArrayDataset):
+        reads = 0
+
+        def read(self, index: int) -> Pixels:
+            self.reads += 1
+            if index == 450:
+                raise PowerCut
+            return super().read(index)
+
+    images, labels = toy_images(600, seed=1)
+    dataset = Failing(images, labels, CIFAR_PREPROCESSING, classes=TOY_CLASSES, source="toy1")
+    with pytest.raises(PowerCut):
+        fit_scores(["grood"], backbone, dataset, OPTIONS, workdir=tmp_path)
+    monkeypatch.setattr(Failing, "read", ArrayDataset.read)
+    seen: list[int] = []
+    resumed, resumed_ids = fit_scores(["grood"], backbone, dataset, OPTIONS, workdir=tmp_path, report=seen.append)
+    assert seen[0] >= 128  # images that were not read again
+    assert torch.equal(ids, resumed_ids)
+    expected = straight["grood"].state()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed["grood"].state().items())
+
+
+def test_progress_of_other_weights_or_images_is_not_taken_up(tmp_path: Path) -> None:
+    network = toy_network()
+    fit_scores(
+        ["grood"], Backbone(network.module, network.preprocessing), toy_dataset(64, 1), OPTIONS, workdir=tmp_path
+    )
+    progress = Progress(tmp_path, "another key")
+    assert progress.load({})[0] == 0
+
+
+def test_calibrating_moves_the_promise_to_other_images(toy: Path, tmp_path: Path) -> None:
+    images, _ = toy_images(700, seed=30)
+    darker = ArrayDataset((images * 0.7).astype(np.uint8), None, CIFAR_PREPROCESSING)
+    policy = Policy(target_id_acceptance=0.9, guarantee=Guarantee(kind="marginal"))
+    out = tmp_path / "toy" / "2"
+    manifest = calibrate(toy, darker, out, policy=policy, source="darker", check=None)
+    assert (manifest.version, manifest.calibration.n, manifest.calibration.source) == ("2", 700, "darker")
+    fresh = (toy_images(1000, seed=31)[0] * 0.7).astype(np.uint8)
+    before = np.mean([v.decision == "accept" for v in Detector.load(toy).verdicts(fresh)])
+    after = np.mean([v.decision == "accept" for v in Detector.load(out).verdicts(fresh)])
+    assert abs(after - 0.9) < 0.05
+    assert abs(after - 0.9) < abs(before - 0.9)
+
+
+def test_calibrating_by_groups_counts_groups(toy: Path, tmp_path: Path) -> None:
+    images, _ = toy_images(400, seed=40)
+    dataset = ArrayDataset(images, None, CIFAR_PREPROCESSING)
+    groups = [f"camera{index // 4}" for index in range(400)]
+    manifest = calibrate(toy, dataset, tmp_path / "toy" / "2", groups=groups)
+    assert (manifest.calibration.n, manifest.calibration.grouped) == (100, True)
+
+
+def test_calibrating_on_the_training_images_is_refused(toy: Path, tmp_path: Path) -> None:
+    with pytest.raises(SplitOverlap):
+        calibrate(toy, toy_dataset(300, 1), tmp_path / "toy" / "2")
+
+
+def test_an_existing_version_is_not_fitted_over(toy: Path) -> None:
+    with pytest.raises(ArtifactError, match="exists"):
+        toy_model(toy)

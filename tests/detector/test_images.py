@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+from detector.errors import ImageError, TooManyBytes, TooManyPixels, UndecodableImage, UnsupportedImageFormat
+from detector.images import Limits, Preprocessing, decode, image_ids, resize
+from tests.helpers import encoded, photo
+
+SMALL = Preprocessing(resize=32, crop=(32, 32))
+LARGE = Preprocessing(resize=256, crop=(224, 224))
+
+
+def png_header(width: int, height: int) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP"])
+def test_a_lossless_image_of_the_input_size_keeps_its_pixels(image_format: str) -> None:
+    pixels = photo(32, 32)
+    assert np.array_equal(decode(encoded(pixels, image_format, lossless=True), SMALL), pixels)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (33, 4000), (1, 1)])
+def test_any_size_becomes_the_input_size(image_format: str, size: tuple[int, int]) -> None:
+    assert decode(encoded(photo(*size), image_format), LARGE).shape == (224, 224, 3)
+
+
+def test_the_crop_is_the_centre_of_the_resized_image() -> None:
+    pixels = photo(300, 200)
+    whole = Image.fromarray(pixels).resize((384, 256), Image.Resampling.BILINEAR)
+    centre = np.asarray(whole.crop((80, 16, 304, 240))).astype(int)
+    assert np.abs(resize(Image.fromarray(pixels), LARGE).astype(int) - centre).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    upright = Image.fromarray(photo(64, 64))
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    stored = upright.transpose(undo[orientation]) if orientation in undo else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    stored.save(buffer, "PNG", exif=exif)
+    assert np.array_equal(decode(buffer.getvalue(), SMALL), resize(upright, SMALL))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_damaged_exif_block_costs_the_orientation_not_the_image() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(photo(32, 32)).save(buffer, "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
+    assert decode(buffer.getvalue(), SMALL).shape == (32, 32, 3)
+
+
+def test_only_the_first_frame_of_an_animation_is_read() -> None:
+    frames = [Image.fromarray(photo(32, 32, seed)) for seed in (1, 2)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert np.array_equal(decode(buffer.getvalue(), SMALL), np.asarray(frames[0]))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
+def test_every_colour_mode_becomes_rgb(mode: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(photo(32, 32)).convert(mode).save(buffer, "JPEG" if mode == "CMYK" else "PNG")
+    assert decode(buffer.getvalue(), SMALL).shape == (32, 32, 3)
+
+
+def test_sixteen_bit_grey_keeps_its_range() -> None:
+    grey = (np.arange(32 * 32).reshape(32, 32) * 64).astype(np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(grey).save(buffer, "PNG")
+    assert np.array_equal(decode(buffer.getvalue(), SMALL)[..., 0], (grey >> 8).astype(np.uint8))
+
+
+def test_a_large_jpeg_is_close_to_its_full_decode() -> None:
+    data = encoded(photo(3000, 2000), "JPEG", quality=95)
+    full = resize(Image.open(io.BytesIO(data)).convert("RGB"), LARGE).astype(int)
+    assert np.abs(decode(data, LARGE).astype(int) - full).mean() < 2
+
+
+def test_too_many_bytes_are_refused_with_both_numbers() -> None:
+    with pytest.raises(TooManyBytes, match=r"1,001 bytes; the limit is 1,000"):
+        decode(b"\xff" * 1001, SMALL, Limits(max_bytes=1000))
+
+
+def test_a_huge_header_is_refused_with_its_size_before_any_pixel_is_decoded() -> None:
+    with pytest.raises(TooManyPixels, match=r"60000 x 60000 = 3,600,000,000 pixels; the limit is 25,000,000"):
+        decode(png_header(60_000, 60_000), SMALL)
+
+
+def test_a_webp_over_the_pixel_limit_is_refused() -> None:
+    with pytest.raises(TooManyPixels):
+        decode(encoded(photo(64, 64), "WEBP"), SMALL, Limits(max_pixels=4095))
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "BMP", "TIFF"])
+def test_a_foreign_format_is_named(image_format: str) -> None:
+    with pytest.raises(UnsupportedImageFormat, match=image_format):
+        decode(encoded(photo(8, 8), image_format), SMALL)
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\x00\x00\x00\x00WEBP"])
+def test_bytes_that_are_no_image_are_refused(data: bytes) -> None:
+    with pytest.raises(UndecodableImage):
+        decode(data, SMALL)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_a_truncated_image_is_refused(image_format: str) -> None:
+    data = encoded(photo(200, 200), image_format)
+    with pytest.raises(UndecodableImage, match=r"truncated or damaged|header"):
+        decode(data[: len(data) // 2], SMALL)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(["JPEG", "PNG", "WEBP"]),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=20),
+    st.floats(0, 1),
+)
+def test_damage_anywhere_gives_an_image_or_a_named_error(
+    image_format: str, damage: list[tuple[float, int]], keep: float
+) -> None:
+    data = bytearray(encoded(photo(48, 40), image_format))
+    for place, value in damage:
+        data[int(place * len(data))] = value
+    try:
+        pixels = decode(bytes(data[: 1 + int(keep * len(data))]), SMALL, Limits(max_pixels=1_000_000))
+    except ImageError:
+        return
+    assert pixels.shape == (32, 32, 3)
+
+
+def test_equal_pixels_have_equal_ids_and_different_ones_do_not() -> None:
+    images = np.stack([photo(32, 32, 1), photo(32, 32, 2), photo(32, 32, 1)])
+    ids = image_ids(images)
+    assert ids.dtype == np.int64
+    assert ids[0] == ids[2] != ids[1]
