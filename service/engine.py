@@ -166,6 +166,7 @@ class Engine:
             await asyncio.to_thread(self._thread.join, PULSE_S)
 
     def _run(self) -> None:
+        batch: list[_Work] | None = None
         try:
             while (batch := self._next_batch()) is not None:
                 self._process(batch)
@@ -173,7 +174,7 @@ class Engine:
             log.critical("the inference thread has ended", exc_info=True)
         finally:
             with self._changed:
-                left = list(self._waiting)
+                left = [*(batch or ()), *self._waiting]
                 self._waiting.clear()
             self._fail(left, EngineLost())
 

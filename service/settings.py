@@ -20,27 +20,41 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="OODGATE_", frozen=True, extra="forbid")
 
-    models: Path = Field(Path("models"), description="Folder of models: NAME/VERSION/. The newest version is served.")
-    default_model: str = Field("", description="Model behind /v1/verdict; may be empty where there is one model.")
-    state_dir: Path = Field(Path("state"), description="What the server must remember; it never writes under models.")
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    device: str = Field("auto", description="cpu, cuda, cuda:N or auto.")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="A calibrated precision, or auto.")
-    shadow_scores: tuple[str, ...] | None = Field(None, description="JSON list of scores beside the deciding one.")
-    max_body_bytes: int = Field(DEFAULT_MAX_BYTES, ge=1, description="Longest request body, in bytes.")
-    max_pixels: int = Field(DEFAULT_MAX_PIXELS, ge=1, description="Most pixels of one image, read from its header.")
-    max_images: int = Field(64, ge=1, description="Most images in one request.")
-    max_batch: int = Field(32, ge=1, description="Most images in one forward pass.")
-    queue_capacity: int = Field(512, ge=1, description="Images admitted at once, from decode to answer.")
-    request_timeout_s: float = Field(30.0, gt=0, description="Seconds after which a request is given up.")
-    shutdown_grace_s: float = Field(30.0, gt=0, description="Seconds to answer what was admitted before a stop.")
-    engine_stall_s: float = Field(60.0, gt=0, description="Seconds in one batch after which liveness fails.")
-    decode_threads: int = Field(max(1, CORES // 2), ge=1, description="Threads that decode images.")
-    torch_threads: int = Field(
-        CORES if CORES <= 2 else CORES - CORES // 2, ge=1, description="Threads of one forward pass on the CPU."
+    models: Path = Field(
+        default=Path("models"), description="Folder of models: NAME/VERSION/. The newest version is served."
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Level of the JSON log.")
+    default_model: str = Field(
+        default="", description="Model behind /v1/verdict; may be empty where there is one model."
+    )
+    state_dir: Path = Field(
+        default=Path("state"), description="What the server must remember; it never writes under models."
+    )
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    device: str = Field(default="auto", description="cpu, cuda, cuda:N or auto.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="A calibrated precision, or auto.")
+    shadow_scores: tuple[str, ...] | None = Field(
+        default=None, description="JSON list of scores beside the deciding one."
+    )
+    max_body_bytes: int = Field(default=DEFAULT_MAX_BYTES, ge=1, description="Longest request body, in bytes.")
+    max_pixels: int = Field(
+        default=DEFAULT_MAX_PIXELS, ge=1, description="Most pixels of one image, read from its header."
+    )
+    max_images: int = Field(default=64, ge=1, description="Most images in one request.")
+    max_batch: int = Field(default=32, ge=1, description="Most images in one forward pass.")
+    queue_capacity: int = Field(default=512, ge=1, description="Images admitted at once, from decode to answer.")
+    request_timeout_s: float = Field(default=30.0, gt=0, description="Seconds after which a request is given up.")
+    shutdown_grace_s: float = Field(
+        default=30.0, gt=0, description="Seconds to answer what was admitted before a stop."
+    )
+    engine_stall_s: float = Field(default=60.0, gt=0, description="Seconds in one batch after which liveness fails.")
+    decode_threads: int = Field(default=max(1, CORES // 2), ge=1, description="Threads that decode images.")
+    torch_threads: int = Field(
+        default=CORES if CORES <= 2 else CORES - CORES // 2, ge=1, description="Threads of one forward pass on the CPU."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="Level of the JSON log."
+    )
 
     @property
     def limits(self) -> Limits:

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands, run as a person runs them, on folders of image files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+
+from detector.artifact import read_manifest
+from detector.cli import main
+from tests.helpers import TOY_CLASSES, encoded, photo, toy_images, toy_network
+
+
+def oodgate(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def write_folder(root: Path, n: int, seed: int) -> Path:
+    images, labels = toy_images(n, seed)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = root / TOY_CLASSES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index:04}.png").write_bytes(encoded(image))
+    return root
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("material")
+    save_file(dict(toy_network().module.state_dict()), root / "weights.safetensors")
+    (root / "classes.txt").write_text("\n".join(TOY_CLASSES))
+    write_folder(root / "train", 200, 1)
+    images, labels = toy_images(200, 2)
+    np.savez(root / "held_out.npz", images=images, labels=labels)
+    images, labels = toy_images(150, 3)
+    np.savez(root / "test.npz", images=images, labels=labels)
+    noise = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
+    np.savez(root / "noise.npz", images=noise)
+    return root
+
+
+@pytest.fixture(scope="module")
+def fitted(material: Path) -> Path:
+    out = material / "models" / "mine" / "1"
+    result = oodgate(
+        "fit", material / "train", "--calibration", material / "held_out.npz", "--test", material / "test.npz",
+        "--backbone", "cifar_resnet18", "--weights", material / "weights.safetensors",
+        "--classes", material / "classes.txt", "--bank-size", 100, "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "promise      accepts 95.0% of such images or more" in result.output
+    return out
+
+
+def test_fit_without_the_class_order_says_what_it_saw(material: Path) -> None:
+    result = oodgate(
+        "fit", material / "train", "--calibration", material / "held_out.npz", "--backbone", "cifar_resnet18",
+        "--weights", material / "weights.safetensors", "--out", material / "models" / "wrong" / "1",
+    )  # fmt: skip
+    assert result.exit_code == 1
+    assert "mostly answered" in result.output
+    assert "[class_order_mismatch]" in result.output
+
+
+def test_score_prints_a_table(fitted: Path, material: Path) -> None:
+    image = next((material / "train").rglob("*.png"))
+    result = oodgate("score", fitted, image)
+    assert result.exit_code == 0
+    assert "decision" in result.output
+    assert str(image) in result.output
+
+
+def test_score_prints_json_and_fails_only_the_bad_file(fitted: Path, tmp_path: Path) -> None:
+    (tmp_path / "good.jpg").write_bytes(encoded(photo(200, 100), "JPEG"))
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    result = oodgate("score", fitted, tmp_path / "bad.jpg", tmp_path / "good.jpg", "--json")
+    bad, good = map(json.loads, result.output.splitlines())
+    assert result.exit_code == 1
+    assert bad["problem"]["code"] == "undecodable_image"
+    assert good["decision"] in ("accept", "defer")
+
+
+def test_inspect_shows_the_card(fitted: Path) -> None:
+    assert read_manifest(fitted).model_digest in oodgate("inspect", fitted).output
+    assert json.loads(oodgate("inspect", fitted, "--json").output)["name"] == "mine"
+
+
+def test_inspect_of_something_else_is_one_clear_line(tmp_path: Path) -> None:
+    result = oodgate("inspect", tmp_path)
+    assert result.exit_code == 1
+    assert "it is no model" in result.output
+
+
+def test_evaluate_prints_the_documented_json_and_stores_it(fitted: Path, material: Path) -> None:
+    arguments = ("evaluate", fitted, "--id", material / "test.npz", "--far", f"noise={material / 'noise.npz'}")
+    report = json.loads(oodgate(*arguments, "--json").stdout)
+    row = report["scores"]["grood"]["ood"]["noise"]
+    assert set(row) == {"auroc", "ood_miss_rate_at_id95", "id_flag_rate_at_ood95"}
+    assert row["auroc"] > 0.5
+    assert report["scores"]["grood"]["far"] == row
+    assert report["scores"]["grood"]["near"] == {}
+    assert set(report["id"]) == {"n", "accuracy", "acceptance", "acceptance_interval"}
+    assert json.loads((fitted / "report.json").read_text()) == report
+    assert "| noise (far) | 60 |" in oodgate(*arguments).output
+
+
+def test_calibrate_writes_the_next_version_and_keeps_groups_whole(fitted: Path, material: Path) -> None:
+    images, _ = toy_images(400, 70)
+    own = material / "own"
+    own.mkdir()
+    lines = ["file,group"]
+    for index, image in enumerate(images):
+        (own / f"{index}.png").write_bytes(encoded(image))
+        lines.append(f"{index}.png,camera{index // 2}")
+    (material / "groups.csv").write_text("\n".join(lines))
+    result = oodgate(
+        "calibrate", fitted, "--id", own, "--groups", material / "groups.csv", "--check-share", 0.25, "--target", 0.9
+    )
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(fitted.parent / "2")
+    assert (manifest.calibration.n, manifest.calibration.grouped) == (150, True)
+    assert manifest.policy.target_id_acceptance == 0.9
+    assert manifest.report["id"]["n"] == 100
+
+
+def test_calibrate_names_an_image_without_group(fitted: Path, material: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(photo(32, 32)))
+    (tmp_path / "groups.csv").write_text("file,group\n")
+    result = oodgate("calibrate", fitted, "--id", tmp_path, "--groups", tmp_path / "groups.csv")
+    assert result.exit_code == 2
+    assert "a.png" in result.output
+
+
+def test_too_few_images_are_refused_with_the_number_needed(fitted: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "few.npz", images=toy_images(30, 80)[0])
+    result = oodgate("calibrate", fitted, "--id", tmp_path / "few.npz", "--out", tmp_path / "m" / "1")
+    assert "at least 59 are needed" in result.output
+    assert result.exit_code == 1
+
+
+def test_a_folder_with_an_unreadable_file_names_it(fitted: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    result = oodgate("calibrate", fitted, "--id", tmp_path, "--out", tmp_path / "m" / "1")
+    assert "bad.png" in result.output
+    assert "Remove the file" in result.output
+
+
+def test_help_lists_every_command() -> None:
+    output = oodgate("--help").output
+    assert all(name in output for name in ("fit", "calibrate", "evaluate", "score", "inspect", "serve"))

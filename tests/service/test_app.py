@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import httpx
+import pytest
+from click.testing import CliRunner
+from fastapi.testclient import TestClient
+from pydantic import ValidationError
+
+from detector.cli import main
+from detector.errors import ArtifactCorrupt, ArtifactNotFound
+from service import Settings, create_app
+from service.registry import newest_versions
+from tests.service.conftest import serving
+
+
+def start(settings: Settings) -> None:
+    """Run the app's lifespan once."""
+    import asyncio
+
+    app = create_app(settings)
+
+    async def lifespan() -> None:
+        async with app.router.lifespan_context(app):
+            pass
+
+    asyncio.run(lifespan())
+
+
+def test_the_card_tells_the_promise_and_where_it_comes_from(client: httpx.Client) -> None:
+    card = client.get("/v1/models/toy").json()
+    assert card["classes"] == ["red", "green", "blue", "grey"]
+    assert card["calibration"]["n"] == 300
+    assert "at least 0.95" in card["calibration"]["promise"]
+    assert card["forward"] == {"device": "cpu", "precision": "fp32", "mode": "eager", "settled": True}
+    assert client.get("/v1/models").json() == {"models": [card]}
+
+
+def test_an_unknown_card_is_a_404(client: httpx.Client) -> None:
+    assert client.get("/v1/models/nope").json()["code"] == "model_not_found"
+
+
+def test_health_and_metrics_answer(client: httpx.Client) -> None:
+    assert client.get("/v2/health/live").json() == {"live": True}
+    assert client.get("/v2/health/ready").json() == {"ready": True, "live": True}
+    assert "oodgate_queue_capacity 512.0" in client.get("/metrics").text
+    openmetrics = client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    assert openmetrics.text.endswith("# EOF\n")
+
+
+def test_every_series_exists_at_zero_from_the_start(toy_models: Path) -> None:
+    with serving(Settings(models=toy_models)) as running:
+        text = running.client.get("/metrics").text
+    decisions = [line for line in text.splitlines() if line.startswith("oodgate_decisions_total{")]
+    assert len(decisions) == 3
+    assert all(line.endswith(" 0.0") for line in decisions)
+    assert 'oodgate_requests_rejected_total{reason="queue_full"} 0.0' in text
+    assert 'oodgate_shadow_disagreements_total{model="toy",score="grood_norm",version="1"} 0.0' in text
+
+
+def test_a_folder_without_models_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactNotFound, match="holds no model"):
+        start(Settings(models=tmp_path))
+
+
+def test_a_damaged_model_stops_the_start(toy: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(toy, tmp_path / "toy" / "1")
+    (copy / "scores.safetensors").write_bytes(b"")
+    with pytest.raises(ArtifactCorrupt, match="scores"):
+        start(Settings(models=tmp_path))
+
+
+def test_a_default_model_that_is_not_there_stops_the_start(toy_models: Path) -> None:
+    with pytest.raises(ArtifactNotFound, match="DEFAULT_MODEL"):
+        start(Settings(models=toy_models, default_model="other"))
+
+
+def test_the_newest_version_is_served_by_number(tmp_path: Path) -> None:
+    for version in ("2", "10", "9", "11.partial"):
+        (tmp_path / "m" / version).mkdir(parents=True)
+        (tmp_path / "m" / version / "manifest.json").write_text("{}")
+    assert newest_versions(tmp_path) == [tmp_path / "m" / "10"]
+
+
+def test_with_several_models_the_path_must_name_one(toy: Path, tmp_path: Path) -> None:
+    from detector import artifact as artifacts
+
+    artifact = artifacts.load(toy)
+    for name in ("one", "two"):
+        artifact.manifest = artifact.manifest.model_copy(update={"name": name})
+        artifacts.save(artifact, tmp_path / name / "1")
+    with TestClient(create_app(Settings(models=tmp_path))) as client:
+        headers = {"content-type": "image/png"}
+        assert "one, two" in client.post("/v1/verdict", content=b"x", headers=headers).json()["detail"]
+        assert client.get("/v1/models/two").json()["name"] == "two"
+
+
+def test_shadows_are_chosen_by_setting(toy_models: Path) -> None:
+    with serving(Settings(models=toy_models, shadow_scores=())) as running:
+        assert running.client.get("/v1/models/toy").json()["shadow_scores"] == []
+
+
+def test_settings_come_from_the_environment_and_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OODGATE_MAX_BATCH", "7")
+    monkeypatch.setenv("OODGATE_SHADOW_SCORES", '["grood_norm"]')
+    assert (Settings().max_batch, Settings().shadow_scores) == (7, ("grood_norm",))
+    monkeypatch.setenv("OODGATE_MAX_BATCH", "0")
+    with pytest.raises(ValidationError):
+        Settings()
+
+
+def test_a_wrong_setting_is_one_clear_line_at_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OODGATE_PORT", "many")
+    result = CliRunner().invoke(main, ["serve"])
+    assert result.exit_code == 2
+    assert "OODGATE_PORT" in result.output
+
+
+def test_the_openapi_document_names_every_operation_once(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    operations = [operation["operationId"] for path in document["paths"].values() for operation in path.values()]
+    assert len(operations) == len(set(operations)) >= 8
+    verdict = document["paths"]["/v1/verdict"]["post"]
+    assert {"400", "413", "415", "422", "429", "503", "504"} <= set(verdict["responses"])
+    assert json.dumps(verdict["requestBody"]).count("binary") >= 4

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batcher under arrivals, cancellation, deadlines and failure; the network is a gate that tests open."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from detector.images import Pixels
+from service.engine import Answer, Engine, ServedModel
+from service.errors import DeadlinePassed, EngineLost, NotReady, QueueFull, ScoringFailed
+
+
+class Gate:
+    """Stands where a detector stands: answers each image with its first byte, when it is open."""
+
+    def __init__(self, *, is_open: bool = True) -> None:
+        self.opened, self.entered = threading.Event(), threading.Event()
+        self.batches: list[list[int]] = []
+        self.failing: set[int] = set()
+        self.backbone = SimpleNamespace(outputs=self._outputs)
+        if is_open:
+            self.opened.set()
+
+    def _outputs(self, images: torch.Tensor) -> torch.Tensor:
+        self.entered.set()
+        assert self.opened.wait(20)
+        return images[:, 0, 0, 0]
+
+    def judge(self, outputs: torch.Tensor, decider: object) -> list[int]:
+        values = [int(value) for value in outputs]
+        self.batches.append(values)
+        if self.failing & set(values):
+            raise RuntimeError("bad batch")
+        return values
+
+    @property
+    def model(self) -> ServedModel:
+        return ServedModel(cast(Any, self), cast(Any, None))
+
+
+def image(value: int) -> Pixels:
+    return np.full((2, 2, 3), value, dtype=np.uint8)
+
+
+def run(body: Callable[[Engine], Awaitable[None]], **options: Any) -> None:
+    async def main() -> None:
+        engine = Engine(**({"max_batch": 4, "capacity": 100, "timeout_s": 20.0, "stall_s": 60.0} | options))
+        try:
+            await body(engine)
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+
+
+def soon(seconds: float = 20.0) -> float:
+    return time.monotonic() + seconds
+
+
+def value_of(answer: Answer) -> int:
+    return cast(int, answer.verdict)
+
+
+def test_what_waits_while_the_device_works_is_the_next_batch() -> None:
+    gate = Gate(is_open=False)
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        first = asyncio.create_task(engine.judge(model, image(0), soon()))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        rest = [asyncio.create_task(engine.judge(model, image(i), soon())) for i in range(1, 7)]
+        await asyncio.sleep(0)  # let them queue
+        gate.opened.set()
+        answers = await asyncio.gather(first, *rest)
+        assert [value_of(answer) for answer in answers] == list(range(7))
+        assert gate.batches == [[0], [1, 2, 3, 4], [5, 6]]
+
+    run(body)
+
+
+def test_models_are_never_mixed_in_a_batch() -> None:
+    one, two = Gate(is_open=False), Gate()
+    first, second = one.model, two.model
+
+    async def body(engine: Engine) -> None:
+        blocker = asyncio.create_task(engine.judge(first, image(0), soon()))
+        await asyncio.to_thread(one.entered.wait, 20)
+        mixed = [asyncio.create_task(engine.judge((first, second)[i % 2], image(i), soon())) for i in range(1, 5)]
+        await asyncio.sleep(0)
+        one.opened.set()
+        await asyncio.gather(blocker, *mixed)
+        assert (one.batches, two.batches) == ([[0], [2], [4]], [[1], [3]])
+
+    run(body)
+
+
+def test_an_expired_item_is_dropped_before_the_network() -> None:
+    gate = Gate(is_open=False)
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        first = asyncio.create_task(engine.judge(model, image(0), soon()))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        with pytest.raises(DeadlinePassed):
+            await engine.judge(model, image(1), soon(0.01))
+        gate.opened.set()
+        await first
+        await engine.judge(model, image(2), soon())
+        assert gate.batches == [[0], [2]]
+
+    run(body)
+
+
+def test_a_failing_batch_fails_its_own_and_the_loop_goes_on() -> None:
+    gate = Gate()
+    gate.failing = {1}
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        with pytest.raises(ScoringFailed, match="bad batch"):
+            await engine.judge(model, image(1), soon())
+        assert value_of(await engine.judge(model, image(2), soon())) == 2
+        assert engine.alive
+
+    run(body)
+
+
+def test_when_the_thread_ends_nobody_is_left_waiting() -> None:
+    gate = Gate(is_open=False)
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        def die(batch: object) -> None:
+            gate.entered.set()
+            gate.opened.wait(20)
+            raise SystemExit
+
+        engine._process = die  # type: ignore[method-assign]
+        waiting = [asyncio.create_task(engine.judge(model, image(i), soon())) for i in range(9)]
+        await asyncio.to_thread(gate.entered.wait, 20)
+        gate.opened.set()
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(result) for result in results} == {EngineLost}
+        assert not engine.alive
+        with pytest.raises(EngineLost), engine.admit(1):
+            pass
+
+    run(body)
+
+
+def test_room_is_taken_and_given_back() -> None:
+    async def body(engine: Engine) -> None:
+        with engine.admit(3):
+            assert engine.depth == 3
+            with pytest.raises(QueueFull) as full, engine.admit(3):
+                pass
+            assert full.value.retry_after_s == 1
+        assert engine.depth == 0
+
+    run(body, capacity=5)
+
+
+def test_closing_answers_what_was_admitted_and_lets_nothing_in() -> None:
+    gate = Gate(is_open=False)
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        waiting = [asyncio.create_task(engine.judge(model, image(i), soon())) for i in range(6)]
+        await asyncio.to_thread(gate.entered.wait, 20)
+        closing = asyncio.create_task(engine.close())
+        await asyncio.sleep(0)
+        with pytest.raises(NotReady), engine.admit(1):
+            pass
+        gate.opened.set()
+        answers = await asyncio.gather(*waiting)
+        await closing
+        assert [value_of(answer) for answer in answers] == list(range(6))
+        assert not engine.accepting
+
+    run(body)
+
+
+def test_a_batch_that_never_ends_turns_liveness_red() -> None:
+    gate = Gate(is_open=False)
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        stuck = asyncio.create_task(engine.judge(model, image(0), soon()))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        healthy = engine.alive
+        engine._last_pulse -= 61
+        stuck_too_long = not engine.alive
+        assert (healthy, stuck_too_long) == (True, True)
+        gate.opened.set()
+        await stuck
+
+    run(body)
+
+
+def test_an_idle_engine_stays_alive() -> None:
+    async def body(engine: Engine) -> None:
+        pulse = engine._last_pulse
+        with engine._changed:  # wake it as its own timer would
+            engine._changed.notify()
+        while engine._last_pulse == pulse:
+            await asyncio.sleep(0)
+        assert engine.alive
+
+    run(body)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["ask", "cancel", "fail"]), st.integers(0, 3)), min_size=1, max_size=40))
+def test_everyone_is_answered_exactly_once_whoever_leaves_or_fails(script: list[tuple[str, int]]) -> None:
+    gate = Gate()
+    gate.failing = {index for index, (kind, _) in enumerate(script) if kind == "fail"}
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        tasks = []
+        for index, (_, yields) in enumerate(script):
+            tasks.append(asyncio.create_task(engine.judge(model, image(index), soon())))
+            for _ in range(yields):
+                await asyncio.sleep(0)
+            if script[index][0] == "cancel":
+                tasks[-1].cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        for index, result in enumerate(results):
+            if isinstance(result, Answer):
+                assert value_of(result) == index
+            else:
+                assert isinstance(result, (asyncio.CancelledError, ScoringFailed))
+        assert value_of(await engine.judge(model, image(200), soon())) == 200
+
+    run(body)
