@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# OpenMP threads that spin while waiting collapse beside a busy neighbour.
+export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: serve test check bench fmt model clean
 
@@ -19,6 +21,8 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.cifar10.report
+	$(BIN)/python -m benchmarks.start_up
+	$(BIN)/python -m benchmarks.readme
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

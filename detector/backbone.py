@@ -71,7 +71,7 @@ class Backbone:
     """A network in eval mode with its taps.
 
     Args:
-        module: float images [N, 3, H, W] -> logits [N, C]; kept in eval mode, parameters frozen.
+        module: float images [N, 3, H, W] -> logits [N, C]. It is taken over: eval mode, frozen, channels-last.
         preprocessing: the size, mean and std of its input.
         head: path of the last linear layer; found where not given.
         early: path of the layer that the mix-up resumes from; the first of EARLY_CANDIDATES where not given.

@@ -32,7 +32,8 @@ def write_folder(root: Path, n: int, seed: int) -> Path:
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("material")
-    save_file(dict(toy_network().module.state_dict()), root / "weights.safetensors")
+    weights = {name: value.contiguous() for name, value in toy_network().module.state_dict().items()}
+    save_file(weights, root / "weights.safetensors")
     (root / "classes.txt").write_text("\n".join(TOY_CLASSES))
     write_folder(root / "train", 200, 1)
     images, labels = toy_images(200, 2)

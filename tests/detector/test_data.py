@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from detector.data import ArrayDataset, Subset, batches, open_dataset
+from detector.data import ArrayDataset, Dataset, Subset, batches, open_dataset
 from detector.errors import DataError
 from detector.images import Preprocessing
 from tests.helpers import encoded, photo
@@ -82,7 +82,7 @@ def test_batches_cover_every_image_once_in_order() -> None:
 def test_a_fingerprint_changes_with_images_labels_and_subset() -> None:
     images = np.stack([photo(16, 16, seed) for seed in range(4)])
     dataset = ArrayDataset(images, np.arange(4), SMALL)
-    others = [
+    others: list[Dataset] = [
         ArrayDataset(images[::-1], np.arange(4), SMALL),
         ArrayDataset(images, np.arange(4)[::-1], SMALL),
         Subset(dataset, np.array([0, 1, 2])),

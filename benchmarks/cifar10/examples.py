@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make the two example images: one computed from the default network, one drawn.
+
+python -m benchmarks.cifar10.examples
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from benchmarks.cifar10.train import MEAN, STD
+from detector import Detector
+from detector.images import Pixels
+
+MODEL, OUT = Path("models/cifar10/1"), Path("examples")
+CAT = 3
+STEPS = 300
+
+
+def dreamt(detector: Detector, label: int) -> Pixels:
+    """Pixels moved towards a class's prototype and logit, kept smooth: uint8 [32, 32, 3]."""
+    network = detector.backbone.module
+    prototypes = detector._scores["grood"].state()["prototypes"]
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, 4, 4, generator=generator)
+    pixels = functional.interpolate(coarse, 32, mode="bicubic").clamp(0.1, 0.9).requires_grad_()
+    features: list[torch.Tensor] = []
+    handle = network.get_submodule(detector.backbone.head).register_forward_pre_hook(
+        lambda module, inputs: features.append(inputs[0])
+    )
+    optimiser = torch.optim.Adam([pixels], 0.02)
+    for _ in range(STEPS):
+        features.clear()
+        logits = network((pixels - mean) / std)
+        rough = (pixels[..., 1:] - pixels[..., :-1]).abs().mean() + (
+            pixels[..., 1:, :] - pixels[..., :-1, :]
+        ).abs().mean()
+        away = (features[0] - prototypes[label]).norm() / prototypes[label].norm()
+        loss = functional.cross_entropy(logits, torch.tensor([label])) + away + rough
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        with torch.no_grad():
+            pixels.clamp_(0, 1)
+    handle.remove()
+    picture: Pixels = pixels.detach()[0].permute(1, 2, 0).mul(255).round().to(torch.uint8).numpy()
+    return picture
+
+
+def stripes() -> Pixels:
+    """Black and white stripes: uint8 [240, 240, 3]."""
+    light = (np.arange(240) // 30 % 2 * 255).astype(np.uint8)
+    return np.broadcast_to(light[None, :, None], (240, 240, 3)).copy()
+
+
+def main() -> None:
+    detector = Detector.load(MODEL, device="cpu", precision="fp32")
+    OUT.mkdir(exist_ok=True)
+    for name, pixels in (("cat", dreamt(detector, CAT)), ("stripes", stripes())):
+        path = OUT / f"{name}.png"
+        Image.fromarray(pixels).save(path)
+        verdict = detector.verdicts([path.read_bytes()])[0]
+        sys.stdout.write(f"{path}: {verdict.decision}, {verdict.prediction.label}, p = {verdict.ood.p_value:.4f}\n")
+
+
+if __name__ == "__main__":
+    main()

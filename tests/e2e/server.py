@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real `oodgate serve`, as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
+class Process:
+    """A running server: its client, and its log as it comes."""
+
+    def __init__(self, models: Path, **settings: str) -> None:
+        port = free_port()
+        self.log: list[dict[str, object]] = []
+        self._ready, self._ended = threading.Event(), threading.Event()
+        environment = os.environ | {f"OODGATE_{name.upper()}": value for name, value in settings.items()}
+        command = [sys.executable, "-m", "service", "serve", "--models", str(models), "--port", str(port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+        threading.Thread(target=self._read, daemon=True).start()
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            record = json.loads(line)  # every line of the log is JSON
+            self.log.append(record)
+            if str(record["message"]).startswith("Uvicorn running"):
+                self._ready.set()
+        self._ended.set()
+        self._ready.set()
+
+    def wait_ready(self, seconds: float = 60) -> None:
+        assert self._ready.wait(seconds)
+        assert not self._ended.is_set(), self.log
+
+    def resident_bytes(self) -> int:
+        for line in self.client.get("/metrics").text.splitlines():
+            if line.startswith("process_resident_memory_bytes "):
+                return int(float(line.split()[1]))
+        raise AssertionError("no resident memory in the metrics")
+
+    def terminate(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(60)
+        assert self._ended.wait(10)
+        return code
+
+
+@contextmanager
+def running(models: Path, **settings: str) -> Iterator[Process]:
+    server = Process(models, **settings)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.wait()
+        server.client.close()

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documents say is what there is."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.readme import results
+from detector.errors import OodgateError
+from detector.scores import registry
+from service import Settings, create_app
+from service.metrics import Metrics
+from tests.helpers import EMBEDDED, ROOT
+
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
+
+
+def error_codes() -> list[str]:
+    importlib.import_module("service.errors")
+
+    def below(kind: type[OodgateError]) -> set[str]:
+        return {kind.code}.union(*(below(child) for child in kind.__subclasses__()))
+
+    return sorted(below(OodgateError))
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_is_documented(name: str) -> None:
+    assert f"`OODGATE_{name.upper()}`" in OPERATIONS
+
+
+def test_no_setting_is_documented_that_there_is_not() -> None:
+    named = set(re.findall(r"^\| `OODGATE_([A-Z_]+)`", OPERATIONS, re.MULTILINE))
+    assert named == {name.upper() for name in Settings.model_fields}
+
+
+def test_every_metric_is_documented_and_no_other() -> None:
+    families = {metric.name + ("_total" if metric.type == "counter" else "") for metric in Metrics().registry.collect()}
+    ours = {name for name in families if name.startswith("oodgate_")}
+    assert set(re.findall(r"^\| `(oodgate_\w+)`", OPERATIONS, re.MULTILINE)) == ours
+
+
+@pytest.mark.parametrize("code", error_codes())
+def test_every_error_code_is_documented(code: str) -> None:
+    assert f"`{code}`" in OPERATIONS
+
+
+def test_every_endpoint_is_documented_and_no_other() -> None:
+    paths = create_app(Settings(models=EMBEDDED.parents[1])).openapi()["paths"]
+    ours = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
+    documented = set(re.findall(r"^\| `((?:GET|POST|PUT) \S+)`", OPERATIONS, re.MULTILINE))
+    assert documented == ours | {"GET /openapi.json"}
+
+
+@pytest.mark.parametrize("name", sorted(registry()))
+def test_every_score_is_documented(name: str) -> None:
+    assert f"## `{name}`" in (ROOT / "docs" / "methods.md").read_text()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+def test_the_readmes_results_are_those_of_the_model() -> None:
+    assert results() in README
+
+
+def test_the_results_page_speaks_of_the_model_that_is_here() -> None:
+    digest = json.loads((EMBEDDED / "manifest.json").read_text())["model_digest"]
+    assert digest in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_the_embedded_model_reports_its_accuracy_and_acceptance() -> None:
+    manifest = json.loads((EMBEDDED / "manifest.json").read_text())
+    measured = manifest["report"]["id"]
+    assert measured["accuracy"] >= 0.93
+    assert measured["acceptance_interval"][1] >= manifest["policy"]["target_id_acceptance"]
+    assert sum(path.stat().st_size for path in EMBEDDED.iterdir()) <= 60e6
