@@ -123,14 +123,15 @@ def fit(
     prepared = _preprocessing(stated, preprocessing)
     classes = _class_names(classes_file)
     training = open_dataset(train, prepared, classes=classes)
-    names = classes or list(training.classes) or [str(index) for index in range(spec.num_classes)]
+    names = classes or list(training.classes)
     if score_name not in registry():
         raise click.UsageError(f"there is no score {score_name!r}; known: {', '.join(sorted(registry()))}")
+    archive = Path(backbone.partition(":")[2]).read_bytes() if spec.kind == "export" else None
     network = fitting.Network(
-        module, prepared, tuple(names), spec=None if spec.kind == "export" else spec, early=early_layer
+        module, prepared, tuple(names), spec=None if archive else spec, early=early_layer, archive=archive
     )
     held_out = {
-        name: None if path is None else open_dataset(path, prepared, classes=names)
+        name: None if path is None else open_dataset(path, prepared, classes=names or None)
         for name, path in {"calibration": calibration, "tune": tune, "test": test}.items()
     }
     calibration_set = held_out["calibration"]
@@ -144,7 +145,7 @@ def fit(
             out,
             tune=held_out["tune"],
             test=held_out["test"],
-            options=FitOptions(num_classes=len(names), bank_size=None if bank_size == "all" else int(bank_size)),
+            options=FitOptions(bank_size=None if bank_size == "all" else int(bank_size)),
             policy=_policy(Policy(score_name=score_name), target, guarantee, delta, alpha_conf),
             per_class=per_class,
             precisions=precisions,

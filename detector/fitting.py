@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from detector.calibration import (
     one_per_group,
     smallest_sample,
 )
-from detector.data import Dataset, Subset
+from detector.data import Dataset, Subset, batches
 from detector.detector import Detector, calibration_scores
 from detector.errors import ArtifactError, ClassOrderMismatch, DataError, SplitOverlap
 from detector.features import Collected, Report, collect, fit_scores, silent
@@ -44,7 +44,8 @@ ORDER_CHECK = 1_000  # images looked at before a fit
 class Network:
     """A network to fit: the module, what rebuilds it, its class names, and its input.
 
-    `spec` None makes the artifact carry the network itself, as backbone.pt2.
+    Without `spec` the artifact carries the network itself, as backbone.pt2: `archive` where it came as one, else the
+    module exported. No class names means the numbers of the outputs.
     """
 
     module: nn.Module
@@ -52,6 +53,7 @@ class Network:
     class_names: tuple[str, ...]
     spec: NetworkSpec | None = None
     early: str | None = None
+    archive: bytes | None = None
 
 
 def fit(
@@ -80,7 +82,7 @@ def fit(
         out: the directory to write, `.../NAME/VERSION`.
         tune: more such images, for what is chosen before calibration; needed by `per_class`.
         test: more such images, to check the promise on.
-        options: bank size and mix-up; defaults for the network's class count where not given.
+        options: bank size and mix-up.
         scores: names of the registry; the policy's score among them.
         policy: target, guarantee and deciding score.
         per_class: one threshold for each predicted class.
@@ -99,13 +101,17 @@ def fit(
     if out.exists():
         raise ArtifactError(f"{out} exists; choose another version")
     policy = policy or Policy()
-    export = export_network(network.module, network.preprocessing) if network.spec is None else None
+    export = network.archive
+    if network.spec is None and export is None:
+        export = export_network(network.module, network.preprocessing)
     backbone = Backbone(network.module, network.preprocessing, early=network.early, device=device)
-    if len(network.class_names) != backbone.num_classes:
-        seen = f"{len(network.class_names)} class names, but the network has {backbone.num_classes} outputs"
+    class_names = network.class_names or tuple(str(index) for index in range(backbone.num_classes))
+    if len(class_names) != backbone.num_classes:
+        seen = f"{len(class_names)} class names, but the network has {backbone.num_classes} outputs"
         raise DataError(f"{seen}; give the names in the order of the outputs with --classes")
-    accuracy = check_class_order(backbone, train, network.class_names)
-    options = options or FitOptions(num_classes=backbone.num_classes)
+    accuracy = check_class_order(backbone, train, class_names)
+    backbone.check_resume(torch.from_numpy(next(batches(train, 8)).images))
+    options = replace(options or FitOptions(), num_classes=backbone.num_classes)
     workdir = out.with_name(f"{out.name}.fit.partial")
     fitted, fit_ids = fit_scores(scores, backbone, train, options, workdir=workdir, report=report)
     base = Manifest(
@@ -116,7 +122,7 @@ def fit(
         head=backbone.head,
         early=backbone.early,
         preprocessing=network.preprocessing,
-        class_names=network.class_names,
+        class_names=class_names,
         scores=tuple(scores),
         shadow_scores=tuple(name for name in scores if name != policy.score_name),
         policy=policy,

@@ -31,14 +31,14 @@ class FitOptions:
     """What a fit is told, the same for every score.
 
     Args:
-        num_classes: outputs of the network.
+        num_classes: outputs of the network; `fit` fills it in.
         bank_size: training images whose features or gradients a nearest-neighbour score keeps, balanced over the
             classes; None keeps all.
         mixup_images: training images mixed into the synthetic OOD prototype, balanced over the classes.
         mixup_coefficient: share of the image in the mix; the rest is the prototype of the runner-up class.
     """
 
-    num_classes: int
+    num_classes: int = 0
     bank_size: int | None = 10_000
     mixup_images: int = 1_000
     mixup_coefficient: float = 0.5

@@ -149,14 +149,14 @@ def test_a_file_that_is_no_export_is_refused(content: bytes) -> None:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_the_class_count_is_read_from_the_weights(tmp_path: Path, suffix: str) -> None:
-    spec = parse_spec("torchvision:resnet18").model_copy(update={"num_classes": CLASSES})
+    spec = parse_spec("torchvision:resnet50").model_copy(update={"num_classes": CLASSES})
     state = build(spec).state_dict()
     path = tmp_path / f"weights{suffix}"
     if suffix == ".pth":
         torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
     else:
         save_file(state, path)
-    module, completed, preprocessing = load_network(parse_spec("torchvision:resnet18"), str(path))
+    module, completed, preprocessing = load_network(parse_spec("torchvision:resnet50"), str(path))
     assert completed.num_classes == CLASSES
     assert preprocessing.crop == (224, 224)
     assert Backbone(module, preprocessing).num_classes == CLASSES

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from detector.artifact import read_manifest
 from detector.cli import main
+from detector.networks import CIFAR_PREPROCESSING, export_network
 from tests.helpers import TOY_CLASSES, encoded, photo, toy_images, toy_network
 
 
@@ -66,6 +67,20 @@ def test_fit_without_the_class_order_says_what_it_saw(material: Path) -> None:
     assert result.exit_code == 1
     assert "mostly answered" in result.output
     assert "[class_order_mismatch]" in result.output
+
+
+def test_an_export_is_fitted_and_kept_as_it_came(material: Path) -> None:
+    archive = export_network(toy_network().module, CIFAR_PREPROCESSING)
+    (material / "theirs.pt2").write_bytes(archive)
+    out = material / "models" / "exported" / "1"
+    mean, std = (["--mean", *CIFAR_PREPROCESSING.mean], ["--std", *CIFAR_PREPROCESSING.std])
+    result = oodgate(
+        "fit", material / "held_out.npz", "--calibration", material / "test.npz", "--out", out,
+        "--backbone", f"export:{material / 'theirs.pt2'}", "--resize", 32, "--crop", 32, *mean, *std,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert (out / "backbone.pt2").read_bytes() == archive
+    assert "classes      4: 0, 1, 2, 3" in result.output
 
 
 def test_score_prints_a_table(fitted: Path, material: Path) -> None:

@@ -40,12 +40,11 @@ def block(language: str, containing: str) -> str:
 
 
 class Workplace:
-    """A folder that looks like the clone, with a port of its own and a user's files in `mine`."""
+    """A folder to write in that looks like the clone, with a user's files in `mine`, and a port for the server."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.port = root, free_port()
-        for name in ("Makefile", "pyproject.toml", "constraints.txt", "examples", "detector", "service"):
-            (root / name).symlink_to(ROOT / name)
+        (root / "examples").symlink_to(ROOT / "examples")
         (root / "models").mkdir()
         (root / "models" / "cifar10").symlink_to(ROOT / "models" / "cifar10")
         self.environment = os.environ | {
@@ -98,9 +97,7 @@ def served(workplace: Workplace) -> Iterator[Workplace]:
     """`make serve`, as the README says, until the tests are done."""
     command = ["bash", "-c", block("sh", "make serve")]
     environment = workplace.environment | {"MAKEFLAGS": f"VENV={Path(sys.executable).parents[1]}"}
-    server = subprocess.Popen(
-        command, cwd=workplace.root, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     pause = threading.Event()
     for _ in range(600):
         try:
