@@ -22,8 +22,7 @@ RUN pip wheel --no-cache-dir ${PIP_ARGS} --no-deps --wheel-dir /wheels .
 FROM ${BASE}
 # A number, because Kubernetes can prove only of a number that it is not root.
 RUN groupadd --gid 10001 oodgate \
-    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/oodgate --shell /usr/sbin/nologin oodgate \
-    && install --directory --owner 10001 --group 10001 /var/lib/oodgate
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /opt/oodgate --shell /usr/sbin/nologin oodgate
 COPY --from=dependencies /opt/oodgate/venv /opt/oodgate/venv
 ENV PATH=/opt/oodgate/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -31,8 +30,7 @@ ENV PATH=/opt/oodgate/venv/bin:$PATH \
     MALLOC_ARENA_MAX=2 \
     OODGATE_HOST=0.0.0.0 \
     OODGATE_PORT=8000 \
-    OODGATE_MODELS=/opt/oodgate/models \
-    OODGATE_STATE_DIR=/var/lib/oodgate
+    OODGATE_MODELS=/opt/oodgate/models
 # The user of the service must be able to read it, whatever the rights of the files where the image is built.
 COPY --chmod=755 models /opt/oodgate/models
 # A copy rather than a mount: not every builder notices that a mounted wheel has changed.
@@ -40,8 +38,7 @@ COPY --from=wheel /wheels /opt/oodgate/wheels
 RUN pip install --no-cache-dir --no-index --no-deps /opt/oodgate/wheels/*.whl
 
 USER 10001:10001
-WORKDIR /var/lib/oodgate
-VOLUME /var/lib/oodgate
+WORKDIR /opt/oodgate
 EXPOSE 8000
 # The empty proxy handler: a proxy in the environment must not be asked for the container's own address.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \

@@ -88,6 +88,7 @@ def main() -> None:
 @click.option("--score", "score_name", default="grood", show_default=True, help="The score that decides.")
 @click.option("--per-class", is_flag=True, help="One threshold for each predicted class; needs --tune.")
 @click.option("--precision", "precisions", type=click.Choice(["fp32", "bf16"]), multiple=True, default=("fp32",))
+@click.option("--half-weights", is_flag=True, help="Round the weights to float16 first and store them so.")
 @TARGET
 @GUARANTEE
 @DELTA
@@ -107,6 +108,7 @@ def fit(
     score_name: str,
     per_class: bool,
     precisions: tuple[Precision, ...],
+    half_weights: bool,
     target: float | None,
     guarantee: Literal["pac", "marginal", "simultaneous"] | None,
     delta: float | None,
@@ -149,6 +151,7 @@ def fit(
             policy=_policy(Policy(score_name=score_name), target, guarantee, delta, alpha_conf),
             per_class=per_class,
             precisions=precisions,
+            half_weights=half_weights,
             device=_device(device),
             source=str(calibration),
             report=report,

@@ -69,6 +69,7 @@ def fit(
     policy: Policy | None = None,
     per_class: bool = False,
     precisions: Sequence[Precision] = ("fp32",),
+    half_weights: bool = False,
     device: str = "cpu",
     source: str = "",
     report: Report = silent,
@@ -87,6 +88,8 @@ def fit(
         policy: target, guarantee and deciding score.
         per_class: one threshold for each predicted class.
         precisions: in which to calibrate.
+        half_weights: round the weight matrices to float16 first and store them so; everything is fitted, calibrated and
+            measured on the rounded network.
         device: where to compute.
         source: what to call the calibration images in the model card.
         report: told of images done.
@@ -101,6 +104,8 @@ def fit(
     if out.exists():
         raise ArtifactError(f"{out} exists; choose another version")
     policy = policy or Policy()
+    if half_weights:
+        round_to_half(network.module)
     export = network.archive
     if network.spec is None and export is None:
         export = export_network(network.module, network.preprocessing)
@@ -142,7 +147,7 @@ def fit(
     )
     artifact = Artifact(
         manifest=base,
-        weights=None if export else dict(network.module.state_dict()),
+        weights=None if export else stored_weights(network.module, half=half_weights),
         export=export,
         scores={f"{name}.{key}": value.cpu() for name, score in fitted.items() for key, value in score.state().items()},
         calibration={},
@@ -160,6 +165,20 @@ def fit(
         raise DataError("thresholds for each class need a tune set: the groups must be fixed before calibration")
     _calibrate(artifact, backbones, fitted, calibration, source, report)
     return _finish(artifact, backbones, fitted, test, out, report, workdir)
+
+
+def round_to_half(module: nn.Module) -> None:
+    """Round every weight matrix and kernel to what float16 can hold; vectors keep their precision."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(parameter.half())
+
+
+def stored_weights(module: nn.Module, *, half: bool) -> dict[str, Tensor]:
+    """The network's tensors as the artifact keeps them; with `half`, rounded matrices as float16."""
+    state: dict[str, Tensor] = module.state_dict()
+    return {name: value.half() if half and value.ndim > 1 else value for name, value in state.items()}
 
 
 def calibrate(

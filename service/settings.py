@@ -26,9 +26,6 @@ class Settings(BaseSettings):
     default_model: str = Field(
         default="", description="Model behind /v1/verdict; may be empty where there is one model."
     )
-    state_dir: Path = Field(
-        default=Path("state"), description="What the server must remember; it never writes under models."
-    )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     device: str = Field(default="auto", description="cpu, cuda, cuda:N or auto.")

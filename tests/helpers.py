@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +84,13 @@ def toy_model(out: Path, *, policy: Policy | None = None) -> Manifest:
         options=FitOptions(num_classes=len(TOY_CLASSES), bank_size=200, mixup_images=40),
         policy=policy,
     )
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The first bytes of a PNG of that size, with no pixels behind them."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+
+
+GOOD = encoded(toy_images(1, seed=50)[0][0])
+HUGE_PNG = png_header(60_000, 60_000)

@@ -94,11 +94,6 @@ def test_compose_gives_oodgate_no_more_rights_than_it_needs() -> None:
     assert service["security_opt"] == ["no-new-privileges:true"]
 
 
-def test_compose_keeps_the_state_directory_of_the_image() -> None:
-    [state_dir] = re.findall(r"OODGATE_STATE_DIR=(\S+)", DOCKERFILE)
-    assert state_dir in [target for _, target in mounts(compose_services()["oodgate"])]
-
-
 # --- Prometheus and Grafana ---
 
 

@@ -139,6 +139,15 @@ def test_two_precisions_are_calibrated_apart(tmp_path: Path) -> None:
     assert full.decider.thresholds != half.decider.thresholds
 
 
+def test_half_weights_are_stored_small_and_judge_as_they_were_fitted(tmp_path: Path) -> None:
+    path = tmp_path / "m" / "1"
+    fit(toy_network(), toy_dataset(100, 1), toy_dataset(300, 2), path, options=OPTIONS, half_weights=True)
+    weights = artifacts.load(path).weights
+    assert weights is not None
+    assert (weights["conv1.weight"].dtype, weights["bn1.running_var"].dtype) == (torch.float16, torch.float32)
+    Detector.load(path)  # the golden logits are those of the rounded network
+
+
 def test_an_interrupted_fit_goes_on_and_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("detector.features.SHARD", 128)
     network = toy_network()

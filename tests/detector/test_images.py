@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -12,15 +10,10 @@ from PIL import Image
 
 from detector.errors import ImageError, TooManyBytes, TooManyPixels, UndecodableImage, UnsupportedImageFormat
 from detector.images import Limits, Preprocessing, decode, image_ids, resize
-from tests.helpers import encoded, photo
+from tests.helpers import HUGE_PNG, encoded, photo
 
 SMALL = Preprocessing(resize=32, crop=(32, 32))
 LARGE = Preprocessing(resize=256, crop=(224, 224))
-
-
-def png_header(width: int, height: int) -> bytes:
-    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP"])
@@ -99,7 +92,7 @@ def test_too_many_bytes_are_refused_with_both_numbers() -> None:
 
 def test_a_huge_header_is_refused_with_its_size_before_any_pixel_is_decoded() -> None:
     with pytest.raises(TooManyPixels, match=r"60000 x 60000 = 3,600,000,000 pixels; the limit is 25,000,000"):
-        decode(png_header(60_000, 60_000), SMALL)
+        decode(HUGE_PNG, SMALL)
 
 
 def test_a_webp_over_the_pixel_limit_is_refused() -> None:

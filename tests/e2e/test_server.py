@@ -14,8 +14,7 @@ import pytest
 from benchmarks.datasets import load
 from detector.calibration import acceptance_interval, clopper_pearson
 from tests.e2e.server import Process, running
-from tests.helpers import EMBEDDED, encoded, photo, toy_images
-from tests.service.test_verdict import GOOD, HUGE_PNG
+from tests.helpers import EMBEDDED, GOOD, HUGE_PNG, encoded, photo, toy_images
 
 MODELS = EMBEDDED.parents[1]
 

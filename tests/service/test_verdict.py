@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 
 import httpx
@@ -12,17 +10,11 @@ import pytest
 from detector import Detector
 from service import Settings
 from service.schemas import VerdictBody
-from tests.helpers import encoded, photo, toy_images
+from tests.helpers import GOOD, HUGE_PNG, encoded, photo, toy_images
 from tests.service.conftest import Running, serving
 
 PNG = {"content-type": "image/png"}
-GOOD = encoded(toy_images(1, seed=50)[0][0])
 NOISE = encoded(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-HUGE_PNG = (
-    b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
-    + (header := struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
-    + struct.pack(">I", zlib.crc32(b"IHDR" + header))
-)
 
 
 def post(client: httpx.Client, body: bytes, kind: str = "image/png") -> httpx.Response:
