@@ -84,8 +84,8 @@ class Manifest(_Record):
     group_of_class: tuple[int, ...]
     group_names: tuple[str, ...]
     precisions: tuple[Precision, ...]
-    score_tolerance: dict[str, dict[str, float]]  # by precision and score
-    splits: dict[str, int]
+    score_tolerance: dict[str, dict[str, float]] = {}  # by precision and score
+    splits: dict[str, int] = {}
     fit: FitRecord
     calibration: CalibrationRecord
     report: dict[str, Any] = {}
@@ -108,8 +108,8 @@ class Artifact:
         weights: the network's tensors, or None where `export` holds the network.
         export: the bytes of backbone.pt2.
         scores: fitted tensors, `SCORE.TENSOR`.
-        calibration: sorted float64 scores, `PRECISION.SCORE.GROUP`.
         splits: sorted int64 image ids by split.
+        calibration: sorted float64 scores, `PRECISION.SCORE.GROUP`.
         golden: `images` uint8 [G, H, W, 3], and `PRECISION.logits`, `PRECISION.labels`, `PRECISION.deferred`.
         report: the content of report.json.
     """
@@ -118,9 +118,9 @@ class Artifact:
     weights: dict[str, Tensor] | None
     export: bytes | None
     scores: dict[str, Tensor]
-    calibration: dict[str, Tensor]
     splits: dict[str, Tensor]
-    golden: dict[str, Tensor]
+    calibration: dict[str, Tensor] = field(default_factory=dict)
+    golden: dict[str, Tensor] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
 
 

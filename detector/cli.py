@@ -16,7 +16,7 @@ from typing import Any, Literal
 import click
 import numpy as np
 
-from detector import artifact as artifacts, fitting
+from detector import artifact as artifacts, calibrating, fitting
 from detector.backbone import Precision
 from detector.calibration import Guarantee
 from detector.data import Dataset, Subset, open_dataset
@@ -190,7 +190,7 @@ def calibrate(
     names = _groups(groups, dataset) if groups else None
     used, checked = _held_out(dataset, names, check_share)
     with _progress(len(used) * len(manifest.precisions) + len(checked), "calibrating") as report:
-        written = fitting.calibrate(
+        written = calibrating.calibrate(
             model,
             Subset(dataset, used),
             out or _next_version(model),

@@ -32,7 +32,7 @@ class Detector:
     Args:
         manifest: names, preprocessing, policy.
         backbone: the network, on its device, in its precision.
-        scores: fitted scores by name.
+        fitted: fitted scores by name.
         calibration: sorted calibration scores in the backbone's precision.
     """
 
@@ -40,10 +40,10 @@ class Detector:
         self,
         manifest: Manifest,
         backbone: Backbone,
-        scores: Mapping[str, Score],
+        fitted: Mapping[str, Score],
         calibration: CalibrationScores,
     ) -> None:
-        self.manifest, self.backbone, self._scores, self.calibration = manifest, backbone, scores, calibration
+        self.manifest, self.backbone, self.fitted, self.calibration = manifest, backbone, fitted, calibration
         self.decider = self.with_policy(manifest.policy)
 
     @classmethod
@@ -83,7 +83,7 @@ class Detector:
     @cached_property
     def scores_without_backward(self) -> tuple[str, ...]:
         """The scores that `scores` computes where none are named."""
-        return tuple(name for name, score in self._scores.items() if not score.needs.backward)
+        return tuple(name for name, score in self.fitted.items() if not score.needs.backward)
 
     def with_policy(self, policy: Policy, shadows: Sequence[str] | None = None) -> Decider:
         """A decider for another policy over the same calibration; errors as for `Decider`."""
@@ -109,7 +109,7 @@ class Detector:
     def scores(self, outputs: Outputs, names: Sequence[str] | None = None) -> dict[str, NDArray[np.float64]]:
         """Scores float64 [N] by name, larger = more OOD; all that need no backward pass where none are named."""
         chosen = self.scores_without_backward if names is None else names
-        return {name: self._scores[name].score(outputs).double().cpu().numpy() for name in chosen}
+        return {name: self.fitted[name].score(outputs).double().cpu().numpy() for name in chosen}
 
     def verdicts(self, images: Images) -> list[Verdict]:
         """Verdicts, one an image; arguments and errors as for `outputs`."""

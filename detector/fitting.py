@@ -1,42 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make an artifact: fit scores on training images, calibrate on images the network has never seen, measure, write."""
+"""Fit scores on training images, then calibrate: from a classifier to a model directory."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from detector import artifact as artifacts, golden
 from detector.artifact import Artifact, CalibrationRecord, FitRecord, Manifest, sorted_ids
 from detector.backbone import Backbone, Precision
-from detector.calibration import (
-    acceptance_interval,
-    class_groups,
-    clopper_pearson,
-    exact,
-    one_per_group,
-    smallest_sample,
-)
+from detector.calibrating import Calibrator, now, without_overlap
+from detector.calibration import calibration_rank, class_groups, exact, smallest_sample
 from detector.data import Dataset, Subset, batches
-from detector.detector import Detector, calibration_scores
-from detector.errors import ArtifactError, ClassOrderMismatch, DataError, SplitOverlap
+from detector.errors import ArtifactError, ClassOrderMismatch, DataError
 from detector.features import Collected, Report, collect, fit_scores, silent
 from detector.images import Preprocessing
 from detector.networks import NetworkSpec, export_network
-from detector.policy import DOUBT, CalibrationScores, Grouping, Policy, doubt
-from detector.scores import FitOptions, Score
+from detector.policy import Grouping, Policy
+from detector.scores import FitOptions
 
 DEFAULT_SCORES = ("grood", "grood_norm")
-LARGEST_OVERLAP = 0.01  # of a calibration set; more means that the sets were not held apart
 ORDER_CHECK = 1_000  # images looked at before a fit
 
 
@@ -101,70 +88,57 @@ def fit(
         ClassOrderMismatch: the labels do not follow the order of the network's outputs.
         DataError, BackboneError, ScoreError, TooFewSamples, SplitOverlap, ArtifactError
     """
-    if out.exists():
-        raise ArtifactError(f"{out} exists; choose another version")
     policy = policy or Policy()
+    _refuse_early(out, calibration, tune, policy, per_class=per_class)
     if half_weights:
         round_to_half(network.module)
     export = network.archive
     if network.spec is None and export is None:
         export = export_network(network.module, network.preprocessing)
     backbone = Backbone(network.module, network.preprocessing, early=network.early, device=device)
-    class_names = network.class_names or tuple(str(index) for index in range(backbone.num_classes))
-    if len(class_names) != backbone.num_classes:
-        seen = f"{len(class_names)} class names, but the network has {backbone.num_classes} outputs"
-        raise DataError(f"{seen}; give the names in the order of the outputs with --classes")
+    class_names = _class_names(network, backbone)
     accuracy = check_class_order(backbone, train, class_names)
     backbone.check_resume(torch.from_numpy(next(batches(train, 8)).images))
     options = replace(options or FitOptions(), num_classes=backbone.num_classes)
     workdir = out.with_name(f"{out.name}.fit.partial")
     fitted, fit_ids = fit_scores(scores, backbone, train, options, workdir=workdir, report=report)
-    base = Manifest(
-        name=out.parent.name,
-        version=out.name,
-        created=_now(),
-        network=network.spec or NetworkSpec(kind="export"),
-        head=backbone.head,
-        early=backbone.early,
-        preprocessing=network.preprocessing,
-        class_names=class_names,
-        scores=tuple(scores),
-        shadow_scores=tuple(name for name in scores if name != policy.score_name),
-        policy=policy,
-        group_of_class=(0,) * backbone.num_classes,
-        group_names=("all",),
-        precisions=tuple(precisions),
-        score_tolerance={},
-        splits={},
-        fit=FitRecord(
-            n=len(train),
-            accuracy=accuracy,
-            bank_size=options.bank_size,
-            mixup_images=options.mixup_images,
-            mixup_coefficient=options.mixup_coefficient,
-        ),
-        calibration=CalibrationRecord(n=0, timestamp=0.0, source=source),
-    )
     artifact = Artifact(
-        manifest=base,
+        manifest=Manifest(
+            name=out.parent.name,
+            version=out.name,
+            created=now(),
+            network=network.spec or NetworkSpec(kind="export"),
+            head=backbone.head,
+            early=backbone.early,
+            preprocessing=network.preprocessing,
+            class_names=class_names,
+            scores=tuple(scores),
+            shadow_scores=tuple(name for name in scores if name != policy.score_name),
+            policy=policy,
+            group_of_class=(0,) * backbone.num_classes,
+            group_names=("all",),
+            precisions=tuple(precisions),
+            fit=FitRecord(
+                n=len(train),
+                accuracy=accuracy,
+                bank_size=options.bank_size,
+                mixup_images=options.mixup_images,
+                mixup_coefficient=options.mixup_coefficient,
+            ),
+            calibration=CalibrationRecord(n=0, timestamp=0.0, source=source),
+        ),
         weights=None if export else stored_weights(network.module, half=half_weights),
         export=export,
         scores={f"{name}.{key}": value.cpu() for name, score in fitted.items() for key, value in score.state().items()},
-        calibration={},
         splits={"fit": sorted_ids(fit_ids)},
-        golden={},
     )
-    backbones = {precision: _in_precision(backbone, precision) for precision in precisions}
     if tune is not None:
-        tuned = collect(backbone, tune, report=report)
-        kept, _ = without_overlap(tuned.ids, artifact.splits, "tune")
-        artifact.splits["tune"] = sorted_ids(tuned.ids[kept])
-        if per_class:
-            artifact.manifest = _grouped(artifact.manifest, tuned[kept])
-    elif per_class:
-        raise DataError("thresholds for each class need a tune set: the groups must be fixed before calibration")
-    _calibrate(artifact, backbones, fitted, calibration, source, report)
-    return _finish(artifact, backbones, fitted, test, out, report, workdir)
+        _take_tune_split(artifact, collect(backbone, tune, report=report), per_class=per_class)
+    written = Calibrator(artifact, backbone, fitted, report).run(calibration, out, source=source, test=test)
+    for path in workdir.iterdir():
+        path.unlink()
+    workdir.rmdir()
+    return written
 
 
 def round_to_half(module: nn.Module) -> None:
@@ -179,50 +153,6 @@ def stored_weights(module: nn.Module, *, half: bool) -> dict[str, Tensor]:
     """The network's tensors as the artifact keeps them; with `half`, rounded matrices as float16."""
     state: dict[str, Tensor] = module.state_dict()
     return {name: value.half() if half and value.ndim > 1 else value for name, value in state.items()}
-
-
-def calibrate(
-    model: Path,
-    dataset: Dataset,
-    out: Path,
-    *,
-    groups: Sequence[str] | None = None,
-    check: Dataset | None = None,
-    policy: Policy | None = None,
-    device: str = "cpu",
-    source: str = "",
-    report: Report = silent,
-) -> Manifest:
-    """Move the promise of a model to other in-distribution images: a new version, same network, same scores.
-
-    Args:
-        model: a model directory.
-        dataset: in-distribution images, as production sees them.
-        out: the directory to write.
-        groups: a name for each image (its camera, patient or burst); one image of each is used, and n counts groups.
-        check: more such images, to measure the acceptance on.
-        policy: another target or guarantee; the model's own where not given.
-        device, source, report: as for `fit`.
-
-    Returns:
-        the manifest as written.
-
-    Raises:
-        SplitOverlap: more than 1 % of the images are also in the fit or tune split.
-        TooFewSamples: too few for the guarantee.
-    """
-    artifact = artifacts.load(model)
-    manifest = artifact.manifest
-    first = manifest.precisions[0]
-    detectors = {p: Detector.from_artifact(artifact, torch.device(device), p) for p in manifest.precisions}
-    artifact.manifest = manifest.model_copy(
-        update={"name": out.parent.name, "version": out.name, "created": _now(), "policy": policy or manifest.policy}
-    )
-    artifact.splits = {name: ids for name, ids in artifact.splits.items() if name in ("fit", "tune")}
-    backbones = {precision: detector.backbone for precision, detector in detectors.items()}
-    fitted = {name: detectors[first]._scores[name] for name in manifest.scores}
-    _calibrate(artifact, backbones, fitted, dataset, source, report, groups)
-    return _finish(artifact, backbones, fitted, check, out, report, None)
 
 
 def check_class_order(backbone: Backbone, dataset: Dataset, class_names: Sequence[str]) -> float:
@@ -259,21 +189,28 @@ def check_class_order(backbone: Backbone, dataset: Dataset, class_names: Sequenc
     return accuracy
 
 
-def without_overlap(ids: Tensor, splits: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
-    """Which images are new to all splits, and how many are not.
+def _refuse_early(out: Path, calibration: Dataset, tune: Dataset | None, policy: Policy, *, per_class: bool) -> None:
+    """What would make a fit fail at its end, found before hours are spent on it."""
+    if out.exists():
+        raise ArtifactError(f"{out} exists; choose another version")
+    if per_class and tune is None:
+        raise DataError("thresholds for each class need a tune set: the groups must be fixed before calibration")
+    calibration_rank(len(calibration), 1 - exact(policy.target_id_acceptance), policy.guarantee)
 
-    Raises:
-        SplitOverlap: more than 1 % are in another split.
-    """
-    taken = torch.cat(list(splits.values())) if splits else torch.zeros(0, dtype=torch.int64)
-    new = ~torch.isin(ids, taken)
-    dropped = int((~new).sum())
-    if dropped > LARGEST_OVERLAP * len(ids):
-        raise SplitOverlap(
-            f"{dropped} of {len(ids)} {name} images are also in the {' or '.join(splits)} split; "
-            "the promise needs images that nothing was fitted on"
-        )
-    return new.nonzero().flatten(), dropped
+
+def _class_names(network: Network, backbone: Backbone) -> tuple[str, ...]:
+    names = network.class_names or tuple(str(index) for index in range(backbone.num_classes))
+    if len(names) != backbone.num_classes:
+        seen = f"{len(names)} class names, but the network has {backbone.num_classes} outputs"
+        raise DataError(f"{seen}; give the names in the order of the outputs with --classes")
+    return names
+
+
+def _take_tune_split(artifact: Artifact, tuned: Collected, *, per_class: bool) -> None:
+    kept, _ = without_overlap(tuned.ids, artifact.splits, "tune")
+    artifact.splits["tune"] = sorted_ids(tuned.ids[kept])
+    if per_class:
+        artifact.manifest = _grouped(artifact.manifest, tuned[kept])
 
 
 def _grouped(manifest: Manifest, tuned: Collected) -> Manifest:
@@ -286,117 +223,3 @@ def _grouped(manifest: Manifest, tuned: Collected) -> Manifest:
     of_class = class_groups(predicted, len(manifest.class_names), minimum)
     grouping = Grouping.by_class(of_class, manifest.class_names)
     return manifest.model_copy(update={"group_of_class": grouping.of_class, "group_names": grouping.names})
-
-
-def _calibrate(
-    artifact: Artifact,
-    backbones: dict[Precision, Backbone],
-    fitted: dict[str, Score],
-    dataset: Dataset,
-    source: str,
-    report: Report,
-    groups: Sequence[str] | None = None,
-) -> None:
-    manifest = artifact.manifest
-    grouping = Grouping(manifest.group_of_class, manifest.group_names)
-    tolerance: dict[str, dict[str, float]] = {}
-    kept, dropped = torch.zeros(0, dtype=torch.int64), 0
-    earlier = dict(artifact.splits)
-    for precision, backbone in backbones.items():
-        collected = collect(backbone, dataset, report=report)
-        kept, dropped = without_overlap(collected.ids, earlier, "calibration")
-        if groups is not None:
-            drawn = one_per_group(collected.ids[kept].numpy(), [groups[index] for index in kept.tolist()])
-            kept = kept[torch.from_numpy(drawn)]
-        used = collected[kept]
-        values = _all_scores(fitted, used)
-        predicted = used.outputs.logits.argmax(1).cpu().numpy()
-        ordered = CalibrationScores.build(grouping, values, predicted)
-        for name, by_group in ordered.scores.items():
-            for group, scores in enumerate(by_group):
-                artifact.calibration[f"{precision}.{name}.{group}"] = torch.from_numpy(scores)
-        artifact.splits["calibration"] = sorted_ids(used.ids)
-        tolerance[precision] = _tolerance(backbone, fitted, Subset(dataset, kept[:256].numpy()))
-    record = CalibrationRecord(
-        n=len(kept), timestamp=time.time(), source=source, grouped=groups is not None, dropped=dropped
-    )
-    artifact.manifest = manifest.model_copy(update={"calibration": record, "score_tolerance": tolerance})
-
-
-def _all_scores(fitted: dict[str, Score], collected: Collected) -> dict[str, NDArray[np.float64]]:
-    values = {name: score.score(collected.outputs).cpu().numpy() for name, score in fitted.items()}
-    return values | {DOUBT: doubt(collected.outputs.logits).cpu().numpy()}
-
-
-def _tolerance(backbone: Backbone, fitted: dict[str, Score], dataset: Dataset) -> dict[str, float]:
-    """How far a score moves with its batch-mates: four times the largest move seen between batches of 64, 7 and 1."""
-    views = [_all_scores(fitted, collect(backbone, dataset, batch_size=size)) for size in (64, 7, 1)]
-    return {name: 4 * float(np.ptp([view[name] for view in views], axis=0).max()) for name in fitted}
-
-
-def _finish(
-    artifact: Artifact,
-    backbones: dict[Precision, Backbone],
-    fitted: dict[str, Score],
-    test: Dataset | None,
-    out: Path,
-    report: Report,
-    workdir: Path | None,
-) -> Manifest:
-    artifact.manifest = artifact.manifest.model_copy(
-        update={"splits": {name: len(ids) for name, ids in artifact.splits.items()}}
-    )
-    detectors = [
-        Detector(artifact.manifest, backbone, fitted, calibration_scores(artifact, precision))
-        for precision, backbone in backbones.items()
-    ]
-    images = golden.choose(detectors)
-    artifact.golden = {"images": images}
-    for detector in detectors:
-        artifact.golden |= golden.expected(detector, images)
-    summary = _summary(detectors[0], test, artifact, report)
-    artifact.report = summary
-    artifact.manifest = artifact.manifest.model_copy(update={"report": summary})
-    manifest = artifacts.save(artifact, out)
-    if workdir is not None:
-        for path in workdir.iterdir():
-            path.unlink()
-        workdir.rmdir()
-    return manifest
-
-
-def _summary(detector: Detector, test: Dataset | None, artifact: Artifact, report: Report) -> dict[str, Any]:
-    cut = detector.decider.thresholds[0]
-    summary: dict[str, Any] = {"expected_acceptance_interval": list(acceptance_interval(cut.rank, cut.n))}
-    if test is None:
-        return summary
-    collected = collect(detector.backbone, test, report=report)
-    kept, _ = without_overlap(collected.ids, artifact.splits, "test")
-    used = collected[kept]
-    accepted = sum(verdict.decision == "accept" for verdict in detector.judge(used.outputs))
-    accuracy = used.accuracy()
-    return summary | {
-        "id": {
-            "n": len(kept),
-            "accuracy": None if np.isnan(accuracy) else accuracy,
-            "acceptance": accepted / len(kept),
-            "acceptance_interval": list(clopper_pearson(accepted, len(kept))),
-        }
-    }
-
-
-def _in_precision(backbone: Backbone, precision: Precision) -> Backbone:
-    if precision == backbone.precision:
-        return backbone
-    return Backbone(
-        backbone.module,
-        backbone.preprocessing,
-        head=backbone.head,
-        early=backbone.early,
-        device=backbone.device,
-        precision=precision,
-    )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -26,7 +26,7 @@ STEPS = 300
 def dreamt(detector: Detector, label: int) -> Pixels:
     """Pixels moved towards a class's prototype and logit, kept smooth: uint8 [32, 32, 3]."""
     network = detector.backbone.module
-    prototypes = detector._scores["grood"].state()["prototypes"]
+    prototypes = detector.fitted["grood"].state()["prototypes"]
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(1, 3, 4, 4, generator=generator)

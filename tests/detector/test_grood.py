@@ -246,7 +246,7 @@ def test_a_reservoir_keeps_the_smallest_ids_in_any_order() -> None:
 
 @pytest.mark.data
 def test_float32_ranks_real_images_as_the_float64_oracle(embedded: Detector) -> None:
-    grood = embedded._scores["grood"]
+    grood = embedded.fitted["grood"]
     assert isinstance(grood, Grood)
     parts = []
     for name in ("cifar10-test", "svhn-test"):

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Score images that nothing was fitted on, set the thresholds, measure, and write the model directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from detector import artifact as artifacts, golden
+from detector.artifact import Artifact, CalibrationRecord, Manifest, sorted_ids
+from detector.backbone import Backbone, Precision
+from detector.calibration import acceptance_interval, clopper_pearson, one_per_group
+from detector.data import Dataset, Subset
+from detector.detector import Detector, calibration_scores
+from detector.errors import SplitOverlap
+from detector.features import Collected, Report, collect, silent
+from detector.policy import DOUBT, CalibrationScores, Grouping, Policy, doubt
+from detector.scores import Score
+
+LARGEST_OVERLAP = 0.01  # of a calibration set; more means that the sets were not held apart
+TOLERANCE_IMAGES = 256
+
+
+class Calibrator:
+    """Calibrates an artifact in memory, in each of its precisions, and writes it.
+
+    Args:
+        artifact: with its scores, and the splits that calibration must not touch.
+        backbone: its network, in any precision.
+        fitted: its scores.
+        report: told of images done.
+    """
+
+    def __init__(
+        self, artifact: Artifact, backbone: Backbone, fitted: Mapping[str, Score], report: Report = silent
+    ) -> None:
+        self.artifact, self.fitted, self.report = artifact, fitted, report
+        self.backbones = {precision: _in_precision(backbone, precision) for precision in artifact.manifest.precisions}
+
+    def run(
+        self,
+        dataset: Dataset,
+        out: Path,
+        *,
+        source: str,
+        groups: Sequence[str] | None = None,
+        test: Dataset | None = None,
+    ) -> Manifest:
+        """Calibrate on `dataset`, measure on `test`, write to `out`; arguments as for `calibrate`."""
+        self._score(dataset, source, groups)
+        artifact = self.artifact
+        detectors = [
+            Detector(artifact.manifest, backbone, self.fitted, calibration_scores(artifact, precision))
+            for precision, backbone in self.backbones.items()
+        ]
+        images = golden.choose(detectors)
+        artifact.golden = {"images": images}
+        for detector in detectors:
+            artifact.golden |= golden.expected(detector, images)
+        artifact.report = self._measure(detectors[0], test)
+        artifact.manifest = artifact.manifest.model_copy(update={"report": artifact.report})
+        return artifacts.save(artifact, out)
+
+    def _score(self, dataset: Dataset, source: str, groups: Sequence[str] | None) -> None:
+        artifact, manifest = self.artifact, self.artifact.manifest
+        grouping = Grouping(manifest.group_of_class, manifest.group_names)
+        earlier = dict(artifact.splits)
+        tolerance: dict[str, dict[str, float]] = {}
+        kept, dropped = torch.zeros(0, dtype=torch.int64), 0
+        for precision, backbone in self.backbones.items():
+            collected = collect(backbone, dataset, report=self.report)
+            kept, dropped = without_overlap(collected.ids, earlier, "calibration")
+            if groups is not None:
+                drawn = one_per_group(collected.ids[kept].numpy(), [groups[index] for index in kept.tolist()])
+                kept = kept[torch.from_numpy(drawn)]
+            used = collected[kept]
+            predicted = used.outputs.logits.argmax(1).cpu().numpy()
+            ordered = CalibrationScores.build(grouping, self._all_scores(used), predicted)
+            for name, by_group in ordered.scores.items():
+                for group, scores in enumerate(by_group):
+                    artifact.calibration[f"{precision}.{name}.{group}"] = torch.from_numpy(scores)
+            artifact.splits["calibration"] = sorted_ids(used.ids)
+            tolerance[precision] = self._tolerance(backbone, Subset(dataset, kept[:TOLERANCE_IMAGES].numpy()))
+        record = CalibrationRecord(
+            n=len(kept), timestamp=time.time(), source=source, grouped=groups is not None, dropped=dropped
+        )
+        splits = {name: len(ids) for name, ids in artifact.splits.items()}
+        artifact.manifest = manifest.model_copy(
+            update={"calibration": record, "score_tolerance": tolerance, "splits": splits}
+        )
+
+    def _all_scores(self, collected: Collected) -> dict[str, NDArray[np.float64]]:
+        values = {name: score.score(collected.outputs).cpu().numpy() for name, score in self.fitted.items()}
+        return values | {DOUBT: doubt(collected.outputs.logits).cpu().numpy()}
+
+    def _tolerance(self, backbone: Backbone, dataset: Dataset) -> dict[str, float]:
+        """How far a score moves with its batch-mates: four times the largest move between batches of 64, 7 and 1."""
+        views = [self._all_scores(collect(backbone, dataset, batch_size=size)) for size in (64, 7, 1)]
+        return {name: 4 * float(np.ptp([view[name] for view in views], axis=0).max()) for name in self.fitted}
+
+    def _measure(self, detector: Detector, test: Dataset | None) -> dict[str, Any]:
+        cut = detector.decider.thresholds[0]
+        summary: dict[str, Any] = {"expected_acceptance_interval": list(acceptance_interval(cut.rank, cut.n))}
+        if test is None:
+            return summary
+        collected = collect(detector.backbone, test, report=self.report)
+        kept, _ = without_overlap(collected.ids, self.artifact.splits, "test")
+        used = collected[kept]
+        accepted = sum(verdict.decision == "accept" for verdict in detector.judge(used.outputs))
+        accuracy = used.accuracy()
+        return summary | {
+            "id": {
+                "n": len(kept),
+                "accuracy": None if np.isnan(accuracy) else accuracy,
+                "acceptance": accepted / len(kept),
+                "acceptance_interval": list(clopper_pearson(accepted, len(kept))),
+            }
+        }
+
+
+def calibrate(
+    model: Path,
+    dataset: Dataset,
+    out: Path,
+    *,
+    groups: Sequence[str] | None = None,
+    check: Dataset | None = None,
+    policy: Policy | None = None,
+    device: str = "cpu",
+    source: str = "",
+    report: Report = silent,
+) -> Manifest:
+    """Move the promise of a model to other in-distribution images: a new version, same network, same scores.
+
+    Args:
+        model: a model directory.
+        dataset: in-distribution images, as production sees them.
+        out: the directory to write.
+        groups: a name for each image (its camera, patient or burst); one image of each is used, and n counts groups.
+        check: more such images, to measure the acceptance on.
+        policy: another target or guarantee; the model's own where not given.
+        device, source, report: as for `fit`.
+
+    Returns:
+        the manifest as written.
+
+    Raises:
+        SplitOverlap: more than 1 % of the images are also in the fit or tune split.
+        TooFewSamples: too few for the guarantee.
+    """
+    artifact = artifacts.load(model)
+    manifest = artifact.manifest
+    detector = Detector.from_artifact(artifact, torch.device(device), manifest.precisions[0])
+    fresh = {"name": out.parent.name, "version": out.name, "created": now(), "policy": policy or manifest.policy}
+    artifact.manifest = manifest.model_copy(update=fresh)
+    artifact.splits = {name: ids for name, ids in artifact.splits.items() if name in ("fit", "tune")}
+    calibrator = Calibrator(artifact, detector.backbone, detector.fitted, report)
+    return calibrator.run(dataset, out, source=source, groups=groups, test=check)
+
+
+def without_overlap(ids: Tensor, splits: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
+    """Which images are new to all splits, and how many are not.
+
+    Raises:
+        SplitOverlap: more than 1 % are in another split.
+    """
+    taken = torch.cat(list(splits.values())) if splits else torch.zeros(0, dtype=torch.int64)
+    new = ~torch.isin(ids, taken)
+    dropped = int((~new).sum())
+    if dropped > LARGEST_OVERLAP * len(ids):
+        raise SplitOverlap(
+            f"{dropped} of {len(ids)} {name} images are also in the {' or '.join(splits)} split; "
+            "the promise needs images that nothing was fitted on"
+        )
+    return new.nonzero().flatten(), dropped
+
+
+def _in_precision(backbone: Backbone, precision: Precision) -> Backbone:
+    if precision == backbone.precision:
+        return backbone
+    return Backbone(
+        backbone.module,
+        backbone.preprocessing,
+        head=backbone.head,
+        early=backbone.early,
+        device=backbone.device,
+        precision=precision,
+    )
+
+
+def now() -> str:
+    """This moment, UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
