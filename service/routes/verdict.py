@@ -106,7 +106,8 @@ async def _respond(request: Request, context: Context, name: str | None, version
         files, several = await _read(request, context)
         context.metrics.stage_seconds.labels("read").observe(time.monotonic() - started)
         with context.engine.admit(len(files)):
-            results = await _judge_all(context, model, files, started)
+            deadline = time.monotonic() + context.settings.request_timeout_s
+            results = await _judge_all(context, model, files, started, deadline)
     except OodgateError as error:
         _count_rejection(context, error)
         raise
@@ -157,10 +158,9 @@ async def _read_form(request: Request, max_images: int, max_bytes: int) -> list[
 
 
 async def _judge_all(
-    context: Context, model: ServedModel, files: Sequence[bytes], started: float
+    context: Context, model: ServedModel, files: Sequence[bytes], started: float, deadline: float
 ) -> list[Judged | OodgateError]:
     """One result an image; an image that fails does so alone."""
-    deadline = started + context.settings.request_timeout_s
     results = await asyncio.gather(
         *(_judge(context, model, data, started, deadline) for data in files), return_exceptions=True
     )
