@@ -13,6 +13,7 @@ import torch
 from fastapi import FastAPI
 
 from detector import __version__
+from detector.errors import OodgateError
 from service import problems
 from service.context import Context
 from service.engine import Answer, Engine, ServedModel
@@ -38,7 +39,11 @@ def create_app(settings: Settings) -> FastAPI:
         started = time.monotonic()
         torch.set_num_threads(settings.torch_threads)
         registry = Registry(settings, metrics)
-        registry.load_all()
+        try:
+            registry.load_all()
+        except OodgateError as error:
+            log.error("cannot serve: %s", error, extra={"code": error.code})
+            raise
         engine = Engine(
             max_batch=settings.max_batch,
             capacity=settings.queue_capacity,
