@@ -39,7 +39,16 @@ def test_training_writes_weights_and_goes_on_after_an_interruption(
     monkeypatch.setattr(train, "split", lambda: {"fit": known})
     monkeypatch.setattr(train, "load", lambda name: toy_images(20, seed=2))
     args = argparse.Namespace(
-        out=tmp_path, width=8, epochs=2, small_epochs=1, batch_size=16, lr=0.1, weight_decay=5e-4, seed=0, device="cpu"
+        out=tmp_path,
+        width=8,
+        epochs=2,
+        small_epochs=1,
+        batch_size=16,
+        lr=0.1,
+        weight_decay=5e-4,
+        seed=0,
+        start=None,
+        device="cpu",
     )
     train.train(args)
     summary = json.loads((tmp_path / "training.json").read_text())

@@ -54,16 +54,15 @@ def dreamt(detector: Detector, label: int) -> Pixels:
     return picture
 
 
-def stripes() -> Pixels:
-    """Black and white stripes: uint8 [240, 240, 3]."""
-    light = (np.arange(240) // 30 % 2 * 255).astype(np.uint8)
-    return np.broadcast_to(light[None, :, None], (240, 240, 3)).copy()
+def static() -> Pixels:
+    """Television static: uint8 [32, 32, 3]."""
+    return np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
 def main() -> None:
     detector = Detector.load(MODEL, device="cpu", precision="fp32")
     OUT.mkdir(exist_ok=True)
-    for name, pixels in (("cat", dreamt(detector, CAT)), ("stripes", stripes())):
+    for name, pixels in (("cat", dreamt(detector, CAT)), ("static", static())):
         path = OUT / f"{name}.png"
         Image.fromarray(pixels).save(path)
         verdict = detector.verdicts([path.read_bytes()])[0]

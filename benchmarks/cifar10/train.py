@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.2)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="weights to start a further cycle from")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     train(args)
@@ -83,6 +84,8 @@ def train(args: argparse.Namespace) -> None:
     targets = torch.from_numpy(labels)
 
     network = CifarResNet18(10, args.width).to(device)
+    if args.start:
+        network.load_state_dict(load_file(args.start))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing from torch's stubs
     optimiser = torch.optim.SGD(
         network.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
