@@ -25,6 +25,7 @@ from detector.images import Preprocessing
 from detector.networks import NetworkSpec
 from detector.policy import Policy
 
+LARGEST_OVERLAP = 0.01  # of a set of images; more means that the sets were not held apart
 MANIFEST, REPORT = "manifest.json", "report.json"
 WEIGHTS, EXPORT = "backbone.safetensors", "backbone.pt2"
 SPLITS, SCORES, CALIBRATION, GOLDEN = (
@@ -174,7 +175,7 @@ def load(directory: Path) -> Artifact:
             f"{directory}: {odd}: on disk or in the manifest, but not in both; copy the directory again"
         )
     for name, expected in manifest.files.items():
-        if file_digest(directory / name) != expected:
+        if name != REPORT and file_digest(directory / name) != expected:
             raise ArtifactCorrupt(
                 f"{directory / name} differs from its digest in the manifest; copy the directory again"
             )
@@ -187,7 +188,7 @@ def load(directory: Path) -> Artifact:
             calibration=load_file(directory / CALIBRATION),
             splits=load_file(directory / SPLITS),
             golden=load_file(directory / GOLDEN),
-            report=json.loads((directory / REPORT).read_text()),
+            report=_report(directory, manifest),
         )
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactCorrupt(f"{directory}: {error}") from error
@@ -214,8 +215,8 @@ def read_manifest(directory: Path) -> Manifest:
 def replace_report(directory: Path, report: Mapping[str, Any], summary: Mapping[str, Any]) -> Manifest:
     """Store a new evaluation: report.json whole, `summary` in the manifest. No verdict changes, nor the model digest.
 
-    The new file lies beside the old one until both can be replaced; a crash between the two replacements is found by
-    the next `load`, which refuses, and mended by evaluating again.
+    A crash between the two replacements leaves a report that differs from its digest: `load` then gives an empty one,
+    and evaluating again mends it.
     """
     manifest = read_manifest(directory)
     fresh = directory.with_name(f"{directory.name}.{REPORT}.partial")
@@ -240,6 +241,23 @@ def check_disjoint(splits: Mapping[str, Tensor]) -> None:
                 )
 
 
+def without_overlap(ids: Tensor, splits: Mapping[str, Tensor], name: str) -> tuple[Tensor, int]:
+    """Which images are new to all splits, and how many are not.
+
+    Raises:
+        SplitOverlap: more than 1 % are in another split.
+    """
+    taken = torch.cat(list(splits.values())) if splits else torch.zeros(0, dtype=torch.int64)
+    new = ~torch.isin(ids, taken)
+    dropped = int((~new).sum())
+    if dropped > LARGEST_OVERLAP * len(ids):
+        raise SplitOverlap(
+            f"{dropped} of {len(ids)} {name} images are also in the {' or '.join(splits)} split; "
+            "the promise needs images that nothing was fitted on"
+        )
+    return new.nonzero().flatten(), dropped
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
@@ -250,6 +268,14 @@ def sorted_ids(ids: Tensor) -> Tensor:
     """Ids of a split as the artifact keeps them: int64, ascending, each once."""
     unique: Tensor = torch.unique(ids.to(torch.int64), sorted=True)
     return unique
+
+
+def _report(directory: Path, manifest: Manifest) -> dict[str, Any]:
+    # A report influences no verdict, so a damaged one must not keep a model from serving.
+    if file_digest(directory / REPORT) != manifest.files[REPORT]:
+        return {}
+    content: dict[str, Any] = json.loads((directory / REPORT).read_text())
+    return content
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -263,6 +289,7 @@ def _write_manifest(manifest: Manifest, directory: Path) -> None:
         file.write(_pretty(manifest.model_dump(mode="json")))
         file.flush()
         os.fsync(file.fileno())
+    partial.chmod(0o644)
     partial.replace(directory / MANIFEST)
 
 

@@ -7,6 +7,7 @@ Resuming from the early layer is a forward hook that replaces its output: one me
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -67,6 +68,19 @@ def concatenate(parts: Sequence[Outputs]) -> Outputs:
     )
 
 
+def resolve_device(name: str) -> torch.device:
+    """cpu, cuda, cuda:N, or auto: cuda where there is one; BackboneError where the device is not there."""
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise BackboneError(f"{name!r} is no device; use cpu, cuda, cuda:N or auto") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackboneError(
+            f"there is no {name} here; {torch.cuda.device_count()} CUDA devices were found. Use cpu or auto"
+        )
+    return device
+
+
 class Backbone:
     """A network in eval mode with its taps.
 
@@ -108,6 +122,7 @@ class Backbone:
         self.bias: Tensor = bias.float() if isinstance(bias, Tensor) else self.weight.new_zeros(len(self.weight))
         self.early = early or self._find_early()
         self._module(self.early)
+        self._one_at_a_time = threading.Lock()  # hooks live on the module: two passes at once would mix their taps
 
     @property
     def num_classes(self) -> int:
@@ -136,7 +151,7 @@ class Backbone:
             empty = self.weight.new_zeros
             return Outputs(empty(0, self.num_classes), empty(0, self.weight.shape[1]))
         taps: dict[str, Tensor] = {}
-        with torch.inference_mode(), self._recording(self.early, taps, wanted=early):
+        with self._one_at_a_time, torch.inference_mode(), self._recording(self.early, taps, wanted=early):
             penultimate = self._penultimate(self._normalised(images))
             logits = torch.addmm(self.bias, penultimate, self.weight.T)
         if not bool(torch.isfinite(logits).all()):
@@ -161,12 +176,12 @@ class Backbone:
         def replace_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             return early.to(self.device, output.dtype)
 
-        handle = self._module(self.early).register_forward_hook(replace_output)
-        try:
-            with torch.inference_mode():
+        with self._one_at_a_time, torch.inference_mode():
+            handle = self._module(self.early).register_forward_hook(replace_output)
+            try:
                 return self._penultimate(unused)
-        finally:
-            handle.remove()
+            finally:
+                handle.remove()
 
     def check_resume(self, images: Tensor) -> None:
         """Prove on real images that the network has no path around its early layer.

@@ -15,17 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detector import artifact as artifacts, golden
-from detector.artifact import Artifact, CalibrationRecord, Manifest, sorted_ids
+from detector.artifact import Artifact, CalibrationRecord, Manifest, sorted_ids, without_overlap
 from detector.backbone import Backbone, Precision
 from detector.calibration import acceptance_interval, clopper_pearson, one_per_group
 from detector.data import Dataset, Subset
 from detector.detector import Detector, calibration_scores
-from detector.errors import SplitOverlap
 from detector.features import Collected, Report, collect, silent
 from detector.policy import DOUBT, CalibrationScores, Grouping, Policy, doubt
 from detector.scores import Score
 
-LARGEST_OVERLAP = 0.01  # of a calibration set; more means that the sets were not held apart
 TOLERANCE_IMAGES = 256
 
 
@@ -53,19 +51,20 @@ class Calibrator:
         source: str,
         groups: Sequence[str] | None = None,
         test: Dataset | None = None,
+        test_groups: Sequence[str] | None = None,
     ) -> Manifest:
         """Calibrate on `dataset`, measure on `test`, write to `out`; arguments as for `calibrate`."""
         self._score(dataset, source, groups)
         artifact = self.artifact
         detectors = [
-            Detector(artifact.manifest, backbone, self.fitted, calibration_scores(artifact, precision))
+            Detector(artifact.manifest, backbone, self.fitted, calibration_scores(artifact, precision), artifact.splits)
             for precision, backbone in self.backbones.items()
         ]
         images = golden.choose(detectors)
         artifact.golden = {"images": images}
         for detector in detectors:
             artifact.golden |= golden.expected(detector, images)
-        artifact.report = self._measure(detectors[0], test)
+        artifact.report = self._measure(detectors[0], test, test_groups)
         artifact.manifest = artifact.manifest.model_copy(update={"report": artifact.report})
         return artifacts.save(artifact, out)
 
@@ -78,9 +77,9 @@ class Calibrator:
         for precision, backbone in self.backbones.items():
             collected = collect(backbone, dataset, report=self.report)
             kept, dropped = without_overlap(collected.ids, earlier, "calibration")
-            if groups is not None:
-                drawn = one_per_group(collected.ids[kept].numpy(), [groups[index] for index in kept.tolist()])
-                kept = kept[torch.from_numpy(drawn)]
+            once = _independent(collected.ids, kept, None)  # a copy of an image is no further evidence
+            dropped += len(kept) - len(once)
+            kept = once if groups is None else _independent(collected.ids, once, groups)
             used = collected[kept]
             predicted = used.outputs.logits.argmax(1).cpu().numpy()
             ordered = CalibrationScores.build(grouping, self._all_scores(used), predicted)
@@ -106,13 +105,14 @@ class Calibrator:
         views = [self._all_scores(collect(backbone, dataset, batch_size=size)) for size in (64, 7, 1)]
         return {name: 4 * float(np.ptp([view[name] for view in views], axis=0).max()) for name in self.fitted}
 
-    def _measure(self, detector: Detector, test: Dataset | None) -> dict[str, Any]:
+    def _measure(self, detector: Detector, test: Dataset | None, groups: Sequence[str] | None) -> dict[str, Any]:
         cut = detector.decider.thresholds[0]
         summary: dict[str, Any] = {"expected_acceptance_interval": list(acceptance_interval(cut.rank, cut.n))}
         if test is None:
             return summary
         collected = collect(detector.backbone, test, report=self.report)
         kept, _ = without_overlap(collected.ids, self.artifact.splits, "test")
+        kept = _independent(collected.ids, kept, groups)
         used = collected[kept]
         accepted = sum(verdict.decision == "accept" for verdict in detector.judge(used.outputs))
         accuracy = used.accuracy()
@@ -133,6 +133,7 @@ def calibrate(
     *,
     groups: Sequence[str] | None = None,
     check: Dataset | None = None,
+    check_groups: Sequence[str] | None = None,
     policy: Policy | None = None,
     device: str = "cpu",
     source: str = "",
@@ -146,6 +147,7 @@ def calibrate(
         out: the directory to write.
         groups: a name for each image (its camera, patient or burst); one image of each is used, and n counts groups.
         check: more such images, to measure the acceptance on.
+        check_groups: as `groups`, for `check`.
         policy: another target or guarantee; the model's own where not given.
         device, source, report: as for `fit`.
 
@@ -163,24 +165,14 @@ def calibrate(
     artifact.manifest = manifest.model_copy(update=fresh)
     artifact.splits = {name: ids for name, ids in artifact.splits.items() if name in ("fit", "tune")}
     calibrator = Calibrator(artifact, detector.backbone, detector.fitted, report)
-    return calibrator.run(dataset, out, source=source, groups=groups, test=check)
+    return calibrator.run(dataset, out, source=source, groups=groups, test=check, test_groups=check_groups)
 
 
-def without_overlap(ids: Tensor, splits: dict[str, Tensor], name: str) -> tuple[Tensor, int]:
-    """Which images are new to all splits, and how many are not.
-
-    Raises:
-        SplitOverlap: more than 1 % are in another split.
-    """
-    taken = torch.cat(list(splits.values())) if splits else torch.zeros(0, dtype=torch.int64)
-    new = ~torch.isin(ids, taken)
-    dropped = int((~new).sum())
-    if dropped > LARGEST_OVERLAP * len(ids):
-        raise SplitOverlap(
-            f"{dropped} of {len(ids)} {name} images are also in the {' or '.join(splits)} split; "
-            "the promise needs images that nothing was fitted on"
-        )
-    return new.nonzero().flatten(), dropped
+def _independent(ids: Tensor, kept: Tensor, groups: Sequence[str] | None) -> Tensor:
+    """One image of each group; without groups, one of each set of identical images."""
+    chosen = kept.tolist()
+    names = [str(int(ids[index])) for index in chosen] if groups is None else [groups[index] for index in chosen]
+    return kept[torch.from_numpy(one_per_group(ids[kept].numpy(), names))]
 
 
 def _in_precision(backbone: Backbone, precision: Precision) -> Backbone:

@@ -17,7 +17,7 @@ import click
 import numpy as np
 
 from detector import artifact as artifacts, calibrating, fitting
-from detector.backbone import Precision
+from detector.backbone import Precision, resolve_device
 from detector.calibration import Guarantee
 from detector.data import Dataset, Subset, open_dataset
 from detector.detector import Detector
@@ -53,12 +53,25 @@ class Commands(click.Group):
 FILE = click.Path(path_type=Path)
 EXISTING = click.Path(path_type=Path, exists=True)
 DEVICE = click.option("--device", default="auto", help="cpu, cuda, cuda:N or auto.")
-TARGET = click.option("--target", type=float, default=None, help="Share of in-distribution images to accept.  [0.95]")
+OPEN_SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
+TARGET = click.option(
+    "--target", type=OPEN_SHARE, default=None, help="Share of in-distribution images to accept.  [0.95]"
+)
 GUARANTEE = click.option(
     "--guarantee", type=click.Choice(["pac", "marginal", "simultaneous"]), default=None, help="The promise.  [pac]"
 )
-DELTA = click.option("--delta", type=float, default=None, help="Share of calibrations that may break it.  [0.05]")
-ALPHA_CONF = click.option("--alpha-conf", type=float, default=None, help="Budget spent on low confidence.  [0]")
+DELTA = click.option(
+    "--delta",
+    type=click.FloatRange(0, 0.5, min_open=True, max_open=True),
+    default=None,
+    help="Share of calibrations that may break it.  [0.05]",
+)
+ALPHA_CONF = click.option(
+    "--alpha-conf",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=None,
+    help="Budget spent on low confidence.  [0]",
+)
 
 
 @click.group(cls=Commands)
@@ -138,6 +151,8 @@ def fit(
     }
     calibration_set = held_out["calibration"]
     assert calibration_set is not None
+    if bank_size != "all" and not (bank_size.isdigit() and int(bank_size)):
+        raise click.UsageError(f"--bank-size {bank_size!r} must be a number above 0, or `all`")
     total = len(training) + sum(len(part) for part in held_out.values() if part is not None)
     with _progress(total, "fitting") as report:
         manifest = fitting.fit(
@@ -165,7 +180,10 @@ def fit(
 @click.option("--out", type=FILE, help="The directory to write.  [MODEL's next version]")
 @click.option("--groups", type=EXISTING, help="CSV `file,group`: one image of each camera, patient or burst is used.")
 @click.option(
-    "--check-share", type=float, default=0.0, help="Share of the images (or groups) kept to check the promise."
+    "--check-share",
+    type=click.FloatRange(0, 0.9),
+    default=0.0,
+    help="Share of the images (or groups) kept to check the promise.",
 )
 @TARGET
 @GUARANTEE
@@ -186,7 +204,7 @@ def calibrate(
 ) -> None:
     """Move the promise of MODEL to your own images: a new version beside it."""
     manifest = artifacts.read_manifest(model)
-    dataset = open_dataset(images, manifest.preprocessing, classes=manifest.class_names)
+    dataset = open_dataset(images, manifest.preprocessing, classes=manifest.class_names, labelled=False)
     names = _groups(groups, dataset) if groups else None
     used, checked = _held_out(dataset, names, check_share)
     with _progress(len(used) * len(manifest.precisions) + len(checked), "calibrating") as report:
@@ -196,6 +214,7 @@ def calibrate(
             out or _next_version(model),
             groups=None if names is None else [names[index] for index in used],
             check=Subset(dataset, checked) if len(checked) else None,
+            check_groups=None if names is None else [names[index] for index in checked],
             policy=_policy(manifest.policy, target, guarantee, delta, alpha_conf),
             device=_device(device),
             source=str(images),
@@ -226,7 +245,7 @@ def evaluate(
     """Measure MODEL on in-distribution test images and named OOD sets."""
     detector = Detector.load(model, device=device)
     preprocessing = detector.manifest.preprocessing
-    id_test = open_dataset(id_images, preprocessing, classes=detector.manifest.class_names)
+    id_test = open_dataset(id_images, preprocessing, classes=detector.manifest.class_names, labelled=False)
     sets = {
         name: OodSet(open_dataset(path, preprocessing), group)
         for group, values in (("near", near), ("far", far), ("other", ood))
@@ -242,7 +261,7 @@ def evaluate(
 
 @main.command()
 @click.argument("model", type=EXISTING)
-@click.argument("files", type=EXISTING, nargs=-1, required=True)
+@click.argument("files", type=click.Path(path_type=Path, exists=True, dir_okay=False), nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @DEVICE
 def score(model: Path, files: tuple[Path, ...], as_json: bool, device: str) -> None:
@@ -340,7 +359,10 @@ def _class_names(path: Path | None) -> list[str] | None:
 
 def _groups(path: Path, dataset: Dataset) -> list[str]:
     with path.open(newline="") as file:
-        group_of = {row["file"]: row["group"] for row in csv.DictReader(file)}
+        rows = csv.DictReader(file)
+        if not {"file", "group"} <= set(rows.fieldnames or ()):
+            raise click.UsageError(f"{path} must begin with the line `file,group`; it has {rows.fieldnames}")
+        group_of = {row["file"]: row["group"] for row in rows}
     names = [Path(dataset.name(index)) for index in range(len(dataset))]
     found = [group_of.get(str(name), group_of.get(name.name)) for name in names]
     missing = [str(name) for name, group in zip(names, found, strict=True) if group is None]
@@ -371,9 +393,7 @@ def _next_version(model: Path) -> Path:
 
 
 def _device(name: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    return str(resolve_device(name))
 
 
 @contextmanager

@@ -94,7 +94,15 @@ class ArrayDataset:
 class FileDataset:
     """Image files; the folder directly under the root is the class, where there are such folders."""
 
-    def __init__(self, root: Path, preprocessing: Preprocessing, classes: Sequence[str] | None, limits: Limits) -> None:
+    def __init__(
+        self,
+        root: Path,
+        preprocessing: Preprocessing,
+        classes: Sequence[str] | None,
+        limits: Limits,
+        *,
+        labelled: bool = True,
+    ) -> None:
         self.paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not self.paths:
             raise DataError(f"{root} holds no image ({', '.join(IMAGE_SUFFIXES)})")
@@ -103,6 +111,8 @@ class FileDataset:
         found = sorted({folder for folder in folders if folder is not None})
         self.classes: Sequence[str] = list(classes) if classes is not None else found
         unknown = [folder for folder in found if folder not in self.classes]
+        if unknown and not labelled:
+            folders, unknown = [None] * len(folders), []  # cameras or days, not classes
         if unknown:
             raise DataError(
                 f"{root}: the class list has no {', '.join(unknown[:5])}; it has {', '.join(self.classes[:20])}"
@@ -149,7 +159,12 @@ class Subset:
 
 
 def open_dataset(
-    path: Path, preprocessing: Preprocessing, *, classes: Sequence[str] | None = None, limits: Limits | None = None
+    path: Path,
+    preprocessing: Preprocessing,
+    *,
+    classes: Sequence[str] | None = None,
+    limits: Limits | None = None,
+    labelled: bool = True,
 ) -> Dataset:
     """Open class folders, a flat folder of images, or an .npz with `images` and, where known, `labels`.
 
@@ -158,6 +173,7 @@ def open_dataset(
         preprocessing: how images become the network's input.
         classes: class names in the order of the network's outputs; the sorted folder names where not given.
         limits: byte and pixel limits of one file.
+        labelled: whether the folders must be classes; if not, folders of other names leave the images unlabelled.
 
     Raises:
         DataError: nothing there, wrong shapes, or a class folder that the class list does not name.
@@ -169,7 +185,7 @@ def open_dataset(
             labels = archive.get("labels")
             return ArrayDataset(archive["images"], labels, preprocessing, classes=classes or (), source=str(path))
     if path.is_dir():
-        return FileDataset(path, preprocessing, classes, limits or Limits())
+        return FileDataset(path, preprocessing, classes, limits or Limits(), labelled=labelled)
     raise DataError(f"{path} is neither a folder of images nor an .npz file")
 
 

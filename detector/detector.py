@@ -15,8 +15,8 @@ from torch import Tensor
 
 from detector import artifact as artifacts
 from detector.artifact import GOLDEN_TOLERANCE, Artifact, Manifest
-from detector.backbone import Backbone, Outputs, Precision
-from detector.errors import ArtifactCorrupt, ArtifactError, GoldenMismatch
+from detector.backbone import Backbone, Outputs, Precision, resolve_device
+from detector.errors import ArtifactCorrupt, ArtifactError, CalibrationError, GoldenMismatch
 from detector.images import Limits, Pixels, decode, image_ids
 from detector.networks import build, load_export
 from detector.policy import CalibrationScores, Decider, Grouping, Policy, Verdict
@@ -34,6 +34,7 @@ class Detector:
         backbone: the network, on its device, in its precision.
         fitted: fitted scores by name.
         calibration: sorted calibration scores in the backbone's precision.
+        splits: ids of the images that evaluation must not use.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Detector:
         backbone: Backbone,
         fitted: Mapping[str, Score],
         calibration: CalibrationScores,
+        splits: Mapping[str, Tensor],
     ) -> None:
         self.manifest, self.backbone, self.fitted, self.calibration = manifest, backbone, fitted, calibration
+        self.splits = splits
         self.decider = self.with_policy(manifest.policy)
 
     @classmethod
@@ -64,10 +67,11 @@ class Detector:
         Raises:
             ArtifactNotFound, ArtifactCorrupt, SplitOverlap: see `artifact.load`.
             ArtifactError: the precision asked for was never calibrated.
+            BackboneError: the device is not there.
             GoldenMismatch: this machine answers otherwise than the one that wrote the artifact.
         """
         artifact = artifacts.load(Path(path))
-        target = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        target = resolve_device(device)
         detector = cls.from_artifact(artifact, target, _chosen_precision(artifact.manifest, target, precision))
         detector.self_test(artifact.golden)
         return detector
@@ -78,7 +82,7 @@ class Detector:
         manifest = artifact.manifest
         backbone = _backbone(artifact, device, precision)
         scores = {name: registry()[name].from_state(_part(artifact.scores, name), backbone) for name in manifest.scores}
-        return cls(manifest, backbone, scores, calibration_scores(artifact, precision))
+        return cls(manifest, backbone, scores, calibration_scores(artifact, precision), artifact.splits)
 
     @cached_property
     def scores_without_backward(self) -> tuple[str, ...]:
@@ -86,7 +90,18 @@ class Detector:
         return tuple(name for name, score in self.fitted.items() if not score.needs.backward)
 
     def with_policy(self, policy: Policy, shadows: Sequence[str] | None = None) -> Decider:
-        """A decider for another policy over the same calibration; errors as for `Decider`."""
+        """A decider for another policy over the same calibration.
+
+        Raises:
+            CalibrationError: the target was moved after calibration without the `simultaneous` guarantee; or as for
+                `Decider`.
+        """
+        moved = policy.target_id_acceptance != self.manifest.policy.target_id_acceptance
+        if moved and policy.guarantee.kind != "simultaneous":
+            raise CalibrationError(
+                f"a {policy.guarantee.kind} promise holds for the target that was fixed before calibration, "
+                f"{self.manifest.policy.target_id_acceptance}; use the simultaneous guarantee or calibrate again"
+            )
         tolerance = self.manifest.score_tolerance[self.backbone.precision].get(policy.score_name, 0.0)
         chosen = self.manifest.shadow_scores if shadows is None else shadows
         return Decider(policy, self.calibration, self.manifest.class_names, tolerance=tolerance, shadows=chosen)

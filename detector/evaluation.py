@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from detector.artifact import without_overlap
 from detector.calibration import clopper_pearson
 from detector.data import Dataset
 from detector.detector import Detector
@@ -69,17 +70,22 @@ def evaluate(
     Returns:
         `id` (n, accuracy, acceptance, acceptance_interval), `decisions` (deferral rate by OOD set) and `scores`:
         for each score `ood` (measures by set), `near` and `far` (unweighted means). Rates and AUROC in 0-1.
+
+    Raises:
+        SplitOverlap: more than 1 % of the test images are in a split of the model; fewer are left out.
     """
-    known = collect(detector.backbone, id_test, report=report)
+    everything = collect(detector.backbone, id_test, report=report)
+    kept, _ = without_overlap(everything.ids, detector.splits, "in-distribution test")
+    known = everything[kept]
     id_scores = detector.scores(known.outputs)
     accepted = sum(verdict.decision == "accept" for verdict in detector.judge(known.outputs))
     accuracy = known.accuracy()
     result: dict[str, Any] = {
         "id": {
-            "n": len(id_test),
+            "n": len(kept),
             "accuracy": None if np.isnan(accuracy) else accuracy,
-            "acceptance": accepted / len(id_test),
-            "acceptance_interval": list(clopper_pearson(accepted, len(id_test))),
+            "acceptance": accepted / len(kept),
+            "acceptance_interval": list(clopper_pearson(accepted, len(kept))),
         },
         "decisions": {},
         "scores": {name: {"ood": {}} for name in id_scores},

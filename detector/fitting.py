@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from detector.artifact import Artifact, CalibrationRecord, FitRecord, Manifest, sorted_ids
+from detector.artifact import Artifact, CalibrationRecord, FitRecord, Manifest, sorted_ids, without_overlap
 from detector.backbone import Backbone, Precision
-from detector.calibrating import Calibrator, now, without_overlap
+from detector.calibrating import Calibrator, now
 from detector.calibration import calibration_rank, class_groups, exact, smallest_sample
 from detector.data import Dataset, Subset, batches
-from detector.errors import ArtifactError, ClassOrderMismatch, DataError
+from detector.errors import ArtifactError, CalibrationError, ClassOrderMismatch, DataError
 from detector.features import Collected, Report, collect, fit_scores, silent
 from detector.images import Preprocessing
 from detector.networks import NetworkSpec, export_network
@@ -167,26 +168,45 @@ def check_class_order(backbone: Backbone, dataset: Dataset, class_names: Sequenc
         raise DataError(
             f"training images need labels from 0 to {backbone.num_classes - 1}: one folder for each class, or `labels`"
         )
-    spread = np.unique(np.linspace(0, len(dataset) - 1, min(ORDER_CHECK, len(dataset))).astype(np.int64))
+    wanted = min(len(dataset), max(ORDER_CHECK, 10 * backbone.num_classes))
+    spread = np.unique(np.linspace(0, len(dataset) - 1, wanted).astype(np.int64))
     sample = collect(backbone, Subset(dataset, spread))
     predicted = sample.outputs.logits.argmax(1).cpu().numpy()
-    accuracy = sample.accuracy()
     confusion = np.zeros((backbone.num_classes, backbone.num_classes), dtype=np.int64)
     np.add.at(confusion, (sample.labels, predicted), 1)
-    relabelled = confusion.max(axis=1).sum() / confusion.sum()  # accuracy if each label meant its most frequent answer
-    if accuracy < 2 / backbone.num_classes or (accuracy < 0.5 and relabelled > accuracy + 0.2):
-        seen = [
-            f"{class_names[label]!r} (label {label}) is mostly answered {class_names[int(row.argmax())]!r} "
-            f"(output {int(row.argmax())}, {int(row.max())} of {int(row.sum())})"
-            for label, row in enumerate(confusion)
-            if row.sum() and row.argmax() != label
-        ]
+    accuracy = sample.accuracy()
+    _refuse_mixed_classes(confusion, class_names)
+    chance = 1 / backbone.num_classes
+    if accuracy < chance + 3 * (chance * (1 - chance) / len(spread)) ** 0.5:
+        most = int(confusion.sum(axis=0).argmax())
         raise ClassOrderMismatch(
-            f"the network gets only {accuracy:.1%} of {len(spread)} training images right: {'; '.join(seen[:5])}. "
-            "If the classes are in another order than the network's outputs, give the right order with --classes FILE; "
-            "if not, check the weights and the preprocessing"
+            f"the network gets {accuracy:.1%} of {len(spread)} training images right, no more than chance; its most "
+            f"frequent answer is {class_names[most]!r}, to {confusion[:, most].sum() / len(spread):.0%} of them. "
+            "Check the weights and the preprocessing, then the order of the classes (--classes FILE)"
         )
     return accuracy
+
+
+def _refuse_mixed_classes(confusion: NDArray[np.int64], class_names: Sequence[str]) -> None:
+    """Classes under each other's numbers: each mostly answered as another of them, in a ring.
+
+    A class that is merely hard is answered as one that the network does know, and passes.
+    """
+    seen = confusion.sum(axis=1)
+    answer = np.where((seen >= 5) & (2 * confusion.max(axis=1) > seen), confusion.argmax(axis=1), -1)
+    mixed = [label for label, other in enumerate(answer) if other not in (-1, label)]
+    while outside := [label for label in mixed if answer[label] not in mixed]:
+        mixed = [label for label in mixed if label not in outside]
+    if mixed:
+        told = [
+            f"{class_names[label]!r} (label {label}) is mostly answered {class_names[answer[label]]!r} "
+            f"(output {answer[label]}, {confusion[label, answer[label]]} of {seen[label]})"
+            for label in mixed
+        ]
+        raise ClassOrderMismatch(
+            f"the labels do not follow the order of the network's outputs: {'; '.join(told[:5])}. "
+            "Give the names in the order of the outputs with --classes FILE"
+        )
 
 
 def _refuse_early(out: Path, calibration: Dataset, tune: Dataset | None, policy: Policy, *, per_class: bool) -> None:
@@ -195,7 +215,15 @@ def _refuse_early(out: Path, calibration: Dataset, tune: Dataset | None, policy:
         raise ArtifactError(f"{out} exists; choose another version")
     if per_class and tune is None:
         raise DataError("thresholds for each class need a tune set: the groups must be fixed before calibration")
-    calibration_rank(len(calibration), 1 - exact(policy.target_id_acceptance), policy.guarantee)
+    alpha, alpha_conf = 1 - exact(policy.target_id_acceptance), exact(policy.alpha_conf)
+    if alpha_conf >= alpha:
+        raise CalibrationError(
+            f"alpha_conf {policy.alpha_conf} leaves nothing of the budget {float(alpha):.4g} for OOD"
+        )
+    budgets = [alpha - alpha_conf, alpha_conf] if alpha_conf else [alpha]
+    share = policy.guarantee.model_copy(update={"delta": policy.guarantee.delta / len(budgets)})
+    for budget in budgets:
+        calibration_rank(len(calibration), budget, share)
 
 
 def _class_names(network: Network, backbone: Backbone) -> tuple[str, ...]:

@@ -88,6 +88,7 @@ def load_network(spec: NetworkSpec, weights: str | None) -> tuple[nn.Module, Net
         return load_export(path.read_bytes(), str(path)), NetworkSpec(kind="export"), IMAGENET_PREPROCESSING
     if weights is None:
         raise BackboneError(f"{spec.kind} needs weights: a .safetensors or .pth file")
+    _refuse_unknown_name(spec)
     if not Path(weights).exists() and spec.kind in ("torchvision", "timm"):
         return _from_hub(spec, weights)
     state = read_weights(Path(weights))
@@ -103,14 +104,10 @@ def build(spec: NetworkSpec) -> nn.Module:
         return CifarResNet18(spec.num_classes, spec.width)
     if spec.kind == "torchvision":
         models = _library("torchvision").models
-        if spec.name not in models.list_models():
-            raise UnknownBackbone(f"torchvision has no model {spec.name!r}")
         options = {"init_weights": True} if spec.name in ("googlenet", "inception_v3") else {}
         return cast(nn.Module, models.get_model(spec.name, weights=None, num_classes=spec.num_classes, **options))
     if spec.kind == "timm":
         timm = _library("timm")
-        if not timm.is_model(spec.name):
-            raise UnknownBackbone(f"timm has no model {spec.name!r}")
         return cast(nn.Module, timm.create_model(spec.name, pretrained=False, num_classes=spec.num_classes))
     raise UnknownBackbone(f"{spec.kind!r} cannot be built without its archive")
 
@@ -135,9 +132,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise BackboneError(f"there is no weights file {path}")
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds here, pickle's own among them
         raise BackboneError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
@@ -228,6 +225,13 @@ def export_network(module: nn.Module, preprocessing: Preprocessing) -> bytes:
         warnings.simplefilter("ignore")  # torch warns of tensors that share memory
         torch.export.save(program, archive)
     return archive.getvalue()
+
+
+def _refuse_unknown_name(spec: NetworkSpec) -> None:
+    if spec.kind == "torchvision" and spec.name not in _library("torchvision").models.list_models():
+        raise UnknownBackbone(f"torchvision has no model {spec.name!r}")
+    if spec.kind == "timm" and not _library("timm").is_model(spec.name):
+        raise UnknownBackbone(f"timm has no model {spec.name!r}")
 
 
 def _completed(spec: NetworkSpec, state: dict[str, Tensor]) -> NetworkSpec:

@@ -202,7 +202,7 @@ class Decider:
                 group, {name: scores[name][i] for name in (self.policy.score_name, *self.shadows)}
             )
             reason: Reason = "none"
-            if evidence.score > evidence.threshold:
+            if not evidence.score <= evidence.threshold:  # so that a score that is no number defers
                 reason = "ood"
             elif self.doubt_thresholds and doubts[i] > self.doubt_thresholds[group].value:
                 reason = "low_confidence"

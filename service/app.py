@@ -57,11 +57,16 @@ def create_app(settings: Settings) -> FastAPI:
             log.info("ready", extra={"models": registry.names, "seconds": round(time.monotonic() - started, 3)})
             yield
             log.info("stopping", extra={"admitted": engine.depth})
-            await engine.close()
+            await engine.close(settings.shutdown_grace_s)
 
     # The interactive pages would load scripts from elsewhere; the document itself stays.
     app = FastAPI(title="oodgate", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Observe, metrics=metrics, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        Observe,
+        metrics=metrics,
+        max_body_bytes=settings.max_body_bytes,
+        max_buffered_bytes=settings.max_buffered_bytes,
+    )
     problems.install(app)
     for part in (verdict, models, health):
         app.include_router(part.router)

@@ -28,6 +28,7 @@ from service.errors import DeadlinePassed, EngineLost, NotReady, QueueFull, Scor
 log = logging.getLogger(__name__)
 
 PULSE_S = 1.0  # the idle thread shows life this often
+CLOSING_PULSE_S = 0.02  # and looks this often whether the last admitted image has been answered
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +88,7 @@ class Engine:
         self._waiting: deque[_Work] = deque()
         self._changed = threading.Condition()
         self._closing = False
+        self._ended = False  # set under the lock: from then on nobody would answer
         self._admitted = 0
         self._image_seconds = 0.01  # a running estimate of the time one image takes, for Retry-After
         self._last_pulse = time.monotonic()
@@ -106,12 +108,12 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether the inference thread runs and is not stuck in a batch."""
-        return self._thread.is_alive() and self.pulse_age_s < self.stall_s
+        return not self._ended and self.pulse_age_s < self.stall_s
 
     @property
     def accepting(self) -> bool:
         """Whether `admit` lets anything in, the queue aside."""
-        return self._thread.is_alive() and not self._closing
+        return not self._ended and not self._closing
 
     @contextmanager
     def admit(self, images: int) -> Iterator[None]:
@@ -124,7 +126,7 @@ class Engine:
         """
         if self._closing:
             raise NotReady("the server is stopping. Try another replica.")
-        if not self._thread.is_alive():
+        if self._ended:
             raise EngineLost
         if self._admitted + images > self.capacity:
             raise QueueFull(self.capacity, max(1, ceil(self._admitted * self._image_seconds)))
@@ -147,7 +149,7 @@ class Engine:
         """
         work = _Work(model, image, self._loop.create_future(), time.monotonic(), deadline)
         with self._changed:
-            if not self._thread.is_alive():
+            if self._ended:
                 raise EngineLost
             self._waiting.append(work)
             self._changed.notify()
@@ -157,13 +159,14 @@ class Engine:
         except TimeoutError:
             raise DeadlinePassed(self.timeout_s) from None
 
-    async def close(self) -> None:
-        """Let nothing more in, answer what was admitted, end the thread."""
+    async def close(self, grace_s: float) -> None:
+        """Let nothing more in, answer what was admitted, end the thread; give up after `grace_s` seconds."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        while self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join, PULSE_S)
+        await asyncio.to_thread(self._thread.join, grace_s)
+        if self._thread.is_alive():
+            log.error("gave up waiting for the inference thread", extra={"admitted": self._admitted})
 
     def _run(self) -> None:
         batch: list[_Work] | None = None
@@ -174,14 +177,16 @@ class Engine:
             log.critical("the inference thread has ended", exc_info=True)
         finally:
             with self._changed:
+                self._ended = True
                 left = [*(batch or ()), *self._waiting]
                 self._waiting.clear()
             self._fail(left, EngineLost())
 
     def _next_batch(self) -> list[_Work] | None:
         with self._changed:
-            while not self._waiting and not self._closing:
-                self._changed.wait(PULSE_S)
+            # Images that were admitted and are still being decoded are waited for too.
+            while not self._waiting and not (self._closing and self._admitted == 0):
+                self._changed.wait(CLOSING_PULSE_S if self._closing else PULSE_S)
                 self._last_pulse = time.monotonic()
             if not self._waiting:
                 return None

@@ -84,6 +84,25 @@ class QueueFull(ServiceError):
         self.retry_after_s = retry_after_s
 
 
+class BuffersFull(ServiceError):
+    """As many bytes of request bodies as the server holds are under way."""
+
+    code, status = "buffers_full", 429
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"request bodies of {limit:,} bytes are being held, which is the limit. Try again in 1 s.")
+        self.retry_after_s = 1
+
+
+class SlowRequest(ServiceError):
+    """The request body did not arrive in time."""
+
+    code, status = "slow_request", 408
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the body did not arrive within {seconds:g} s. Send a smaller image, or use a faster link.")
+
+
 class ScoringFailed(ServiceError):
     """The network or a score failed on the batch."""
 

@@ -8,10 +8,12 @@ import re
 import time
 import uuid
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLarge
+from service.errors import BodyTooLarge, BuffersFull
 from service.metrics import Metrics
+from service.problems import unexpected
 
 log = logging.getLogger("service.access")
 
@@ -22,8 +24,10 @@ _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 class Observe:
     """Give the request an id, hold its body to the limit, and record how it ended."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
-        self.app, self.metrics, self.max_body_bytes = app, metrics, max_body_bytes
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, max_buffered_bytes: int) -> None:
+        self.app, self.metrics = app, metrics
+        self.max_body_bytes, self.max_buffered_bytes = max_body_bytes, max_buffered_bytes
+        self._buffered = 0  # bytes of all bodies under way; the event loop alone touches it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -31,7 +35,8 @@ class Observe:
             return
         started = time.monotonic()
         request_id = scope["request_id"] = _request_id(scope)
-        status = 500
+        status = 0
+        body = _Body(self, scope, receive)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -42,8 +47,14 @@ class Observe:
 
         with self.metrics.in_progress.track_inprogress():
             try:
-                await self.app(scope, _limited(scope, receive, self.max_body_bytes), send_with_id)
+                await self.app(scope, body.receive, send_with_id)
+            except Exception as error:
+                log.error("unexpected error", exc_info=error, extra={"request_id": request_id})
+                if status:
+                    raise  # the answer has begun; only the connection can tell now
+                await unexpected(Request(scope))(scope, body.receive, send_with_id)
             finally:
+                self._buffered -= body.seen
                 self._record(scope, status, time.monotonic() - started)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
@@ -70,18 +81,25 @@ def _request_id(scope: Scope) -> str:
     return uuid.uuid4().hex
 
 
-def _limited(scope: Scope, receive: Receive, limit: int) -> Receive:
-    announced = dict(scope["headers"]).get(b"content-length", b"0")
-    seen = 0
+class _Body:
+    """A request's body as it arrives, held to the limit of one request and of all together."""
 
-    async def limited() -> Message:
-        nonlocal seen
-        if announced.isdigit() and int(announced) > limit:
-            raise BodyTooLarge(limit, int(announced))
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > limit:
+    def __init__(self, observer: Observe, scope: Scope, receive: Receive) -> None:
+        self._observer, self._receive = observer, receive
+        announced = dict(scope["headers"]).get(b"content-length", b"")
+        self._announced = int(announced) if announced.isdigit() else 0
+        self.seen = 0
+
+    async def receive(self) -> Message:
+        limit = self._observer.max_body_bytes
+        if self._announced > limit:
+            raise BodyTooLarge(limit, self._announced)
+        message = await self._receive()
+        size = len(message.get("body", b""))
+        self.seen += size
+        self._observer._buffered += size
+        if self.seen > limit:
             raise BodyTooLarge(limit)
+        if self._observer._buffered > self._observer.max_buffered_bytes:
+            raise BuffersFull(self._observer.max_buffered_bytes)
         return message
-
-    return limited

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -14,8 +13,6 @@ from starlette.exceptions import HTTPException
 
 from detector.errors import ImageError, OodgateError, TooManyBytes, TooManyPixels, UnsupportedImageFormat
 from service.errors import ServiceError
-
-log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 _STATUS: Mapping[type[OodgateError], int] = {
@@ -63,10 +60,10 @@ def install(app: FastAPI) -> None:
         answer.headers.update(error.headers or {})
         return answer
 
-    @app.exception_handler(Exception)
-    async def on_unknown(request: Request, error: Exception) -> JSONResponse:
-        log.error("unexpected error", exc_info=error, extra={"request_id": request.scope.get("request_id")})
-        return _answer(_document(500, "internal_error", "unexpected error; the log has more under this id"), request)
+
+def unexpected(request: Request) -> JSONResponse:
+    """The answer to an error that nobody foresaw; the log has it under the request's id."""
+    return _answer(_document(500, "internal_error", "unexpected error; the log has more under this id"), request)
 
 
 def _document(status: int, code: str, detail: str) -> dict[str, Any]:

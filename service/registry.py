@@ -10,7 +10,7 @@ import numpy as np
 
 from detector.artifact import MANIFEST
 from detector.detector import Detector
-from detector.errors import ArtifactNotFound, OodgateError
+from detector.errors import ArtifactCorrupt, ArtifactNotFound, OodgateError
 from service.engine import ServedModel
 from service.errors import ModelNotFound
 from service.metrics import Metrics
@@ -40,7 +40,9 @@ class Registry:
         """
         found = newest_versions(self._settings.models)
         if not found:
-            raise ArtifactNotFound(f"{self._settings.models} holds no model; give the folder with --models")
+            raise ArtifactNotFound(
+                f"{self._settings.models} holds no model (NAME/NUMBER/manifest.json); give the folder with --models"
+            )
         for directory in found:
             self._models[directory.parent.name] = self._load(directory)
         if self._settings.default_model and self._settings.default_model not in self._models:
@@ -74,6 +76,11 @@ class Registry:
         settings = self._settings
         try:
             detector = Detector.load(directory, device=settings.device, precision=settings.precision)
+            manifest = detector.manifest
+            if (manifest.name, manifest.version) != (directory.parent.name, directory.name):
+                raise ArtifactCorrupt(
+                    f"{directory} holds {manifest.name} version {manifest.version}; a model keeps its name and number"
+                )
             decider = detector.with_policy(detector.manifest.policy, settings.shadow_scores)
             for size in (1, settings.max_batch):
                 warm = np.zeros((size, *detector.backbone.input_shape), dtype=np.uint8)
@@ -89,13 +96,7 @@ class Registry:
 
 
 def newest_versions(models: Path) -> list[Path]:
-    """The newest version directory of each model: numbers by value, other names after them by spelling."""
-    newest: dict[str, Path] = {}
-    for manifest in sorted(models.glob(f"*/*/{MANIFEST}"), key=lambda path: _version_key(path.parent.name)):
-        if not manifest.parent.name.endswith(".partial"):
-            newest[manifest.parent.parent.name] = manifest.parent
+    """The version with the largest number of each model; directories of other names are left alone."""
+    versions = [path.parent for path in models.glob(f"*/*/{MANIFEST}") if path.parent.name.isdigit()]
+    newest = {path.parent.name: path for path in sorted(versions, key=lambda path: int(path.name))}
     return [newest[name] for name in sorted(newest)]
-
-
-def _version_key(version: str) -> tuple[int, int, str]:
-    return (0, int(version), "") if version.isdigit() else (1, 0, version)

@@ -34,6 +34,7 @@ class Settings(BaseSettings):
         default=None, description="JSON list of scores beside the deciding one."
     )
     max_body_bytes: int = Field(default=DEFAULT_MAX_BYTES, ge=1, description="Longest request body, in bytes.")
+    max_buffered_bytes: int = Field(default=256 * 2**20, ge=1, description="Request bodies held at once, in bytes.")
     max_pixels: int = Field(
         default=DEFAULT_MAX_PIXELS, ge=1, description="Most pixels of one image, read from its header."
     )
@@ -44,7 +45,7 @@ class Settings(BaseSettings):
     shutdown_grace_s: float = Field(
         default=30.0, gt=0, description="Seconds to answer what was admitted before a stop."
     )
-    engine_stall_s: float = Field(default=60.0, gt=0, description="Seconds in one batch after which liveness fails.")
+    engine_stall_s: float = Field(default=60.0, ge=5, description="Seconds in one batch after which liveness fails.")
     decode_threads: int = Field(default=max(1, CORES // 2), ge=1, description="Threads that decode images.")
     torch_threads: int = Field(
         default=CORES if CORES <= 2 else CORES - CORES // 2, ge=1, description="Threads of one forward pass on the CPU."

@@ -24,8 +24,9 @@ from detector.errors import EmptyClass, ScoreError
 from detector.scores.base import FitOptions, Needs, State, register
 from detector.scores.reservoir import Reservoir
 
-CANDIDATES = 8  # found in float32, then measured in float64
-CHUNK = 256  # queries at a time, so that memory is bounded by CHUNK x bank
+CANDIDATES = 16  # found in float32, then measured in float64
+ROUNDING = 1e-5  # of a squared distance in float32, in units of the squared gradient
+CHUNK_CELLS = 2**22  # queries x bank rows held at a time
 SAFE_NORM = 1e-30  # a float32 gradient this short still has its direction
 
 
@@ -174,7 +175,8 @@ class Grood(GroodFamily):
         return self
 
     def score(self, outputs: Outputs) -> Tensor:
-        parts = [self._nearest(features) for features in torch.split(outputs.penultimate, CHUNK)]
+        queries = max(1, CHUNK_CELLS // len(self.bank))
+        parts = [self._nearest(features) for features in torch.split(outputs.penultimate, queries)]
         return torch.cat(parts)
 
     def state(self) -> State:
@@ -189,22 +191,40 @@ class Grood(GroodFamily):
 
     def _set_bank(self, bank: Tensor, device: torch.device) -> None:
         self.bank = bank.to(device)
-        norms = self.bank.double().norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-        self._bank_directions = (self.bank / norms[:, None]).float()
+        norms = torch.linalg.vector_norm(self.bank, dim=1, dtype=torch.float64)
+        norms = norms.clamp_min(torch.finfo(torch.float64).tiny)
+        self._bank_directions = self.bank.div(norms.to(bank.dtype)[:, None]).float()
         self._bank_log_pi = norms.log()
 
     def _nearest(self, features: Tensor) -> Tensor:
         direction, log_pi = grood_gradient(features, self.prototypes, self.ood_prototype)
-        # ||g - b||^2 / pi^2 = 1 + r^2 - 2 r cos with r = pi_bank / pi: no square of a tiny pi ever appears.
+        # The nearest is no farther than ||g|| + the shortest gradient of the bank; in units of the longer of the two,
+        # nothing that matters overflows or vanishes in float32, and ||g - b||^2 = own^2 + theirs^2 - 2 own theirs cos.
+        unit = torch.maximum(log_pi, self._bank_log_pi.min())
+        own = (log_pi - unit).exp().float()[:, None]
+        theirs = (self._bank_log_pi - unit[:, None]).clamp_max(20).exp().float()
         cosine = direction.float() @ self._bank_directions.T
-        ratio = (self._bank_log_pi - log_pi[:, None]).clamp_max(40).float().exp()
-        near = (ratio * (ratio - 2 * cosine)).topk(min(CANDIDATES, len(self.bank)), largest=False).indices
-        # Each candidate exactly, in float64, both gradients divided by the longer of the two.
-        scale = torch.maximum(self._bank_log_pi[near], log_pi[:, None])
-        own = (log_pi[:, None] - scale).exp()[..., None] * direction[:, None]
-        theirs = self.bank[near].double() / scale.exp()[..., None]
-        exact: Tensor = torch.linalg.vector_norm(own - theirs, dim=2) * scale.exp()
-        return exact.amin(dim=1)
+        key = theirs * (theirs - 2 * own * cosine)
+        near = key.topk(min(CANDIDATES, len(self.bank)), largest=False)
+        nearest = self._exact(direction, log_pi, unit, near.indices)
+        # Proven where even the last candidate is farther than the nearest found; else measure all.
+        last = near.values[:, -1].double() + own[:, 0].double().square()
+        unsure = (last <= nearest.square() + ROUNDING).nonzero().flatten() if len(self.bank) > CANDIDATES else []
+        everything = torch.arange(len(self.bank), device=self.bank.device)
+        for query in unsure:
+            one = slice(int(query), int(query) + 1)
+            nearest[one] = self._exact(direction[one], log_pi[one], unit[one], everything[None])
+        return nearest * unit.exp()
+
+    def _exact(self, direction: Tensor, log_pi: Tensor, unit: Tensor, candidates: Tensor) -> Tensor:
+        """Distance to the nearest of some bank rows, float64, in units of exp(unit)."""
+        own = (log_pi - unit).exp()[:, None, None] * direction[:, None]
+        length = (self._bank_log_pi[candidates] - unit[:, None]).clamp_max(300).exp()
+        stored = self.bank[candidates].double()
+        norms = self._bank_log_pi[candidates].exp()
+        theirs = stored / norms[..., None] * length[..., None]
+        distance: Tensor = torch.linalg.vector_norm(own - theirs, dim=2)
+        return distance.amin(dim=1)
 
 
 @register

@@ -21,6 +21,7 @@ from service.context import Context, Ctx
 from service.engine import Answer, ServedModel
 from service.errors import (
     BodyTooLarge,
+    BuffersFull,
     DeadlinePassed,
     EmptyRequest,
     EngineLost,
@@ -28,6 +29,7 @@ from service.errors import (
     NotReady,
     QueueFull,
     ServiceError,
+    SlowRequest,
     TooManyImages,
     UnsupportedMediaType,
 )
@@ -48,11 +50,13 @@ _DOCUMENTED: dict[str, Any] = {
     },
     "responses": {
         200: {"model": VerdictBody | VerdictList, "description": "One verdict, or `verdicts` for several files."},
-        **{status: {"model": Problem} for status in (400, 404, 413, 415, 422, 429, 500, 503, 504)},
+        **{status: {"model": Problem} for status in (400, 404, 408, 413, 415, 422, 429, 500, 503, 504)},
     },
 }
 _REJECTION: dict[type[OodgateError], str] = {
     QueueFull: "queue_full",
+    BuffersFull: "queue_full",
+    SlowRequest: "deadline",
     DeadlinePassed: "deadline",
     BodyTooLarge: "too_large",
     TooManyImages: "too_large",
@@ -102,8 +106,10 @@ async def version_verdict(name: str, version: str, request: Request, context: Ct
 async def _respond(request: Request, context: Context, name: str | None, version: str | None) -> JSONResponse:
     try:
         model = context.registry.get(name, version)
+        with context.engine.admit(1):
+            pass  # a full queue says so before a body is sent in vain
         started = time.monotonic()
-        files, several = await _read(request, context)
+        files, several = await _read_in_time(request, context)
         context.metrics.stage_seconds.labels("read").observe(time.monotonic() - started)
         with context.engine.admit(len(files)):
             deadline = time.monotonic() + context.settings.request_timeout_s
@@ -115,6 +121,15 @@ async def _respond(request: Request, context: Context, name: str | None, version
     answer = _body(request, model, results) if several else _single(request, model, results[0])
     context.metrics.stage_seconds.labels("respond").observe(time.monotonic() - responding)
     return answer
+
+
+async def _read_in_time(request: Request, context: Context) -> tuple[list[bytes], bool]:
+    seconds = context.settings.request_timeout_s
+    try:
+        async with asyncio.timeout(seconds):
+            return await _read(request, context)
+    except TimeoutError:
+        raise SlowRequest(seconds) from None
 
 
 async def _read(request: Request, context: Context) -> tuple[list[bytes], bool]:
@@ -178,6 +193,8 @@ async def _judge(context: Context, model: ServedModel, data: bytes, started: flo
 
     def timed_decode() -> tuple[Any, float]:
         began = time.monotonic()
+        if began > deadline:
+            raise DeadlinePassed(context.settings.request_timeout_s)
         return decode(data, preprocessing, limits), time.monotonic() - began
 
     image, decode_s = await asyncio.get_running_loop().run_in_executor(context.decoders, timed_decode)

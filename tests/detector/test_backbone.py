@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from detector.backbone import Backbone
+from detector.backbone import Backbone, resolve_device
 from detector.cifar_resnet import CifarResNet18
 from detector.errors import BackboneError, DataError, NonFiniteFeatures, TapNotFound, UnknownBackbone, UnsafeArchive
 from detector.images import Preprocessing
@@ -234,6 +235,21 @@ def test_a_network_that_gives_nan_is_refused() -> None:
     module.conv1.weight.fill_(torch.nan)
     with pytest.raises(NonFiniteFeatures, match="image 0"):
         backbone.outputs(some_images(backbone))
+
+
+def test_two_threads_get_their_own_features() -> None:
+    backbone = Backbone(CifarResNet18(5, 8), CIFAR_PREPROCESSING)
+    batches = [some_images(backbone, 2), 255 - some_images(backbone, 2)]
+    expected = [backbone.outputs(batch).penultimate for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda index: backbone.outputs(batches[index % 2]).penultimate, range(80)))
+    assert all(torch.allclose(features, expected[index % 2], atol=1e-6) for index, features in enumerate(found))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu"])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(BackboneError, match="cpu"):
+        resolve_device(device)
 
 
 def test_bfloat16_is_close_to_float32() -> None:

@@ -141,7 +141,7 @@ def test_calibrate_writes_the_next_version_and_keeps_groups_whole(fitted: Path, 
     manifest = read_manifest(fitted.parent / "2")
     assert (manifest.calibration.n, manifest.calibration.grouped) == (150, True)
     assert manifest.policy.target_id_acceptance == 0.9
-    assert manifest.report["id"]["n"] == 100
+    assert manifest.report["id"]["n"] == 50  # of 100 images, one of each group
 
 
 def test_calibrate_names_an_image_without_group(fitted: Path, material: Path, tmp_path: Path) -> None:
@@ -164,6 +164,37 @@ def test_a_folder_with_an_unreadable_file_names_it(fitted: Path, tmp_path: Path)
     result = oodgate("calibrate", fitted, "--id", tmp_path, "--out", tmp_path / "m" / "1")
     assert "bad.png" in result.output
     assert "Remove the file" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--target", "95"), "--target"),
+        (("--delta", "2"), "--delta"),
+        (("--bank-size", "many"), "--bank-size"),
+        (("--backbone", "torchvision:resnet81"), "resnet81"),
+        (("--weights", "{classes}"), "cannot be read as weights"),
+        (("--device", "cuda:99"), "Use cpu or auto"),
+    ],
+)
+def test_a_wrong_argument_is_one_clear_line(material: Path, arguments: tuple[str, str], said: str) -> None:
+    (material / "bad.safetensors").write_text("no tensors")
+    base = {
+        "--calibration": material / "held_out.npz", "--backbone": "cifar_resnet18", "--out": material / "m" / "9",
+        "--weights": material / "weights.safetensors", "--classes": material / "classes.txt",
+    }  # fmt: skip
+    base[arguments[0]] = material / "bad.safetensors" if arguments[0] == "--weights" else arguments[1]
+    result = oodgate("fit", material / "train", *(part for pair in base.items() for part in pair))
+    assert result.exit_code in (1, 2)
+    assert isinstance(result.exception, SystemExit)  # a message, no traceback
+    assert said in result.output
+
+
+def test_a_groups_file_without_its_header_is_refused(fitted: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(photo(32, 32)))
+    (tmp_path / "groups.csv").write_text("a.png,one\n")
+    result = oodgate("calibrate", fitted, "--id", tmp_path, "--groups", tmp_path / "groups.csv")
+    assert "must begin with the line `file,group`" in result.output
 
 
 def test_help_lists_every_command() -> None:

@@ -37,6 +37,10 @@ def test_a_folder_the_class_list_lacks_is_named(tmp_path: Path) -> None:
         open_dataset(folders(tmp_path), SMALL, classes=["a"])
 
 
+def test_folders_of_other_names_may_leave_images_unlabelled(tmp_path: Path) -> None:
+    assert open_dataset(folders(tmp_path), SMALL, classes=["x"], labelled=False).labels.tolist() == [-1] * 6
+
+
 def test_a_flat_folder_is_unlabelled(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(encoded(photo(20, 20)))
     assert open_dataset(tmp_path, SMALL).labels.tolist() == [-1]

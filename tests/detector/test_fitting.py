@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from detector import Detector, artifact as artifacts, calibrate, fit
+from detector import Detector, artifact as artifacts, calibrate, evaluate, fit
 from detector.backbone import Backbone
 from detector.calibration import Guarantee
+from detector.cifar_resnet import CifarResNet18
 from detector.data import ArrayDataset
-from detector.errors import ArtifactError, ClassOrderMismatch, DataError, SplitOverlap, TooFewSamples
+from detector.errors import ArtifactError, CalibrationError, ClassOrderMismatch, DataError, SplitOverlap, TooFewSamples
 from detector.features import Progress, fit_scores
 from detector.fitting import Network, check_class_order
 from detector.images import Pixels
@@ -49,6 +50,43 @@ def test_labels_in_another_order_are_refused_with_what_was_seen() -> None:
     shifted = ArrayDataset(images, (labels + 1) % 4, CIFAR_PREPROCESSING, classes=TOY_CLASSES)
     with pytest.raises(ClassOrderMismatch, match=r"'green' \(label 1\) is mostly answered 'red' \(output 0.*--classes"):
         check_class_order(Backbone(network.module, CIFAR_PREPROCESSING), shifted, TOY_CLASSES)
+
+
+def test_two_swapped_classes_among_right_ones_are_found() -> None:
+    images, labels = toy_images(200, seed=1)
+    swapped = ArrayDataset(images, np.array([1, 0, 2, 3])[labels], CIFAR_PREPROCESSING, classes=TOY_CLASSES)
+    with pytest.raises(ClassOrderMismatch, match=r"'red' .*mostly answered 'green'.*'green' .*mostly answered 'red'"):
+        check_class_order(Backbone(toy_network().module, CIFAR_PREPROCESSING), swapped, TOY_CLASSES)
+
+
+def test_a_few_wrong_labels_or_a_hard_class_pass() -> None:
+    images, labels = toy_images(200, seed=1)
+    labels[:10] = (labels[:10] + 1) % 4
+    labels[labels == 3] = 2  # answered as a class that the network knows well, where it is not 2 itself
+    dataset = ArrayDataset(images, labels, CIFAR_PREPROCESSING, classes=TOY_CLASSES)
+    assert check_class_order(Backbone(toy_network().module, CIFAR_PREPROCESSING), dataset, TOY_CLASSES) < 0.8
+
+
+def test_a_binary_classifier_that_is_not_perfect_passes() -> None:
+    images, labels = toy_images(200, seed=1)
+    two = labels < 2
+    images, labels = images[two], labels[two]
+    labels[:3] = 1 - labels[:3]
+    weights = {
+        name: value[:2] if name.startswith("fc.") else value
+        for name, value in toy_network().module.state_dict().items()
+    }
+    module = CifarResNet18(2, 8)
+    module.load_state_dict(weights)
+    dataset = ArrayDataset(images, labels, CIFAR_PREPROCESSING, classes=TOY_CLASSES[:2])
+    assert 0.9 < check_class_order(Backbone(module, CIFAR_PREPROCESSING), dataset, TOY_CLASSES[:2]) < 1
+
+
+def test_answers_no_better_than_chance_point_to_weights_and_preprocessing() -> None:
+    torch.manual_seed(3)
+    untrained = CifarResNet18(4, 8)
+    with pytest.raises(ClassOrderMismatch, match="no more than chance"):
+        check_class_order(Backbone(untrained, CIFAR_PREPROCESSING), toy_dataset(200, 1), TOY_CLASSES)
 
 
 @pytest.mark.parametrize("label", [-1, 4])
@@ -208,6 +246,45 @@ def test_calibrating_by_groups_counts_groups(toy: Path, tmp_path: Path) -> None:
     groups = [f"camera{index // 4}" for index in range(400)]
     manifest = calibrate(toy, dataset, tmp_path / "toy" / "2", groups=groups)
     assert (manifest.calibration.n, manifest.calibration.grouped) == (100, True)
+
+
+def test_copies_of_an_image_count_once(toy: Path, tmp_path: Path) -> None:
+    images, _ = toy_images(100, seed=40)
+    manifest = calibrate(toy, ArrayDataset(images.repeat(3, axis=0), None, CIFAR_PREPROCESSING), tmp_path / "toy" / "2")
+    assert (manifest.calibration.n, manifest.calibration.dropped) == (100, 200)
+
+
+def test_a_check_by_groups_counts_groups_too(toy: Path, tmp_path: Path) -> None:
+    sets = [ArrayDataset(toy_images(n, seed)[0], None, CIFAR_PREPROCESSING) for n, seed in ((200, 41), (60, 42))]
+    groups = [[f"camera{index // 2}" for index in range(len(dataset))] for dataset in sets]
+    out = tmp_path / "toy" / "2"
+    manifest = calibrate(toy, sets[0], out, groups=groups[0], check=sets[1], check_groups=groups[1])
+    assert (manifest.calibration.n, manifest.report["id"]["n"]) == (100, 30)
+
+
+def test_evaluating_on_images_of_a_split_is_refused(toy: Path) -> None:
+    with pytest.raises(SplitOverlap, match="300 of 300"):
+        evaluate(Detector.load(toy), toy_dataset(300, 2))
+
+
+def test_a_target_moved_after_calibration_needs_the_simultaneous_guarantee(toy: Path) -> None:
+    detector = Detector.load(toy)
+    with pytest.raises(CalibrationError, match="simultaneous"):
+        detector.with_policy(Policy(target_id_acceptance=0.9))
+    moved = Policy(target_id_acceptance=0.8, guarantee=Guarantee(kind="simultaneous"))
+    assert detector.with_policy(moved).thresholds[0].rank < detector.decider.thresholds[0].rank
+
+
+def test_budgets_that_cannot_be_kept_are_refused_before_the_fit(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="leaves nothing"):
+        fit(
+            toy_network(), toy_dataset(50, 1), toy_dataset(100, 2), tmp_path / "m" / "1", policy=Policy(alpha_conf=0.05)
+        )
+    with pytest.raises(TooFewSamples):
+        fit(
+            toy_network(), toy_dataset(50, 1), toy_dataset(100, 2), tmp_path / "m" / "1", policy=Policy(alpha_conf=0.01)
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_calibrating_on_the_training_images_is_refused(toy: Path, tmp_path: Path) -> None:

@@ -143,6 +143,34 @@ def test_scores_equal_the_oracle_where_pi_underflows_float32(backbone: Backbone)
     assert torch.allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("query", [-196.0, -150.0, -122.0, -60.0, -1.0])
+def test_scores_are_exact_however_far_pi_lies_from_the_banks(query: float, backbone: Backbone) -> None:
+    generator = torch.Generator().manual_seed(4)
+    q = torch.zeros(16)
+    log_pi = torch.linspace(-125, -120, 60, dtype=torch.float64)
+    directions = torch.nn.functional.normalize(torch.randn(60, 16, generator=generator, dtype=torch.float64))
+    bank = log_pi.exp()[:, None] * directions
+    score = Grood.from_state({"prototypes": torch.zeros(CLASSES, 16), "ood_prototype": q, "bank": bank}, backbone)
+    own = torch.nn.functional.normalize(torch.randn(1, 16, generator=generator, dtype=torch.float64))
+    score_of = torch.tensor([query], dtype=torch.float64)
+    unit = torch.maximum(score_of, log_pi.min())
+    found = score._exact(own, score_of, unit, torch.arange(60)[None]) * unit.exp()
+    large = (score_of.exp() * own - bank) * 1e60
+    assert torch.allclose(found, large.square().sum(1).sqrt().min() / 1e60, rtol=1e-9)
+
+
+def test_rows_closer_than_float32_can_tell_apart_are_measured_exactly(backbone: Backbone) -> None:
+    generator = torch.Generator().manual_seed(6)
+    prototypes = torch.randn(CLASSES, 64, generator=generator)
+    q = torch.randn(64, generator=generator)
+    features = prototypes[0] + 1e-4 * torch.randn(400, 64, generator=generator)
+    direction, log_pi = grood_gradient(features, prototypes, q)
+    bank = (log_pi.exp()[:, None] * direction)[:300].float()
+    score = Grood.from_state({"prototypes": prototypes, "ood_prototype": q, "bank": bank}, backbone)
+    found = score.score(Outputs(torch.zeros(100, CLASSES), features[300:]))
+    assert torch.allclose(found, oracle(features[300:], prototypes, q, bank), rtol=1e-9)
+
+
 def test_a_bank_too_short_for_float32_is_kept_in_float64(backbone: Backbone) -> None:
     features, labels = torch.zeros(8, 64), torch.arange(8) % CLASSES
     features[torch.arange(8), labels] = 200

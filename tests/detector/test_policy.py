@@ -123,6 +123,11 @@ def test_a_score_near_the_threshold_is_marked_borderline() -> None:
     assert (near.ood.borderline, far.ood.borderline) == (True, False)
 
 
+def test_a_score_that_is_no_number_defers() -> None:
+    verdict = Decider(Policy(), calibration(), NAMES).decide(logits(1), {"grood": np.array([np.nan])})[0]
+    assert (verdict.decision, verdict.reason) == ("defer", "ood")
+
+
 def test_an_unknown_score_is_refused_with_those_there_are() -> None:
     with pytest.raises(CalibrationError, match="grood, grood_norm"):
         Decider(Policy(score_name="magic"), calibration(), NAMES)

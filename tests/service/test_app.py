@@ -80,10 +80,16 @@ def test_a_default_model_that_is_not_there_stops_the_start(toy_models: Path) -> 
 
 
 def test_the_newest_version_is_served_by_number(tmp_path: Path) -> None:
-    for version in ("2", "10", "9", "11.partial"):
+    for version in ("2", "10", "9", "11.partial", "12.bak"):
         (tmp_path / "m" / version).mkdir(parents=True)
         (tmp_path / "m" / version / "manifest.json").write_text("{}")
     assert newest_versions(tmp_path) == [tmp_path / "m" / "10"]
+
+
+def test_a_renamed_model_is_refused(toy: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy, tmp_path / "other" / "1")
+    with pytest.raises(ArtifactCorrupt, match="keeps its name"):
+        start(Settings(models=tmp_path))
 
 
 def test_with_several_models_the_path_must_name_one(toy: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def run(body: Callable[[Engine], Awaitable[None]], **options: Any) -> None:
         try:
             await body(engine)
         finally:
-            await engine.close()
+            await engine.close(20)
 
     asyncio.run(main())
 
@@ -177,7 +177,7 @@ def test_closing_answers_what_was_admitted_and_lets_nothing_in() -> None:
     async def body(engine: Engine) -> None:
         waiting = [asyncio.create_task(engine.judge(model, image(i), soon())) for i in range(6)]
         await asyncio.to_thread(gate.entered.wait, 20)
-        closing = asyncio.create_task(engine.close())
+        closing = asyncio.create_task(engine.close(20))
         await asyncio.sleep(0)
         with pytest.raises(NotReady), engine.admit(1):
             pass
@@ -185,6 +185,21 @@ def test_closing_answers_what_was_admitted_and_lets_nothing_in() -> None:
         answers = await asyncio.gather(*waiting)
         await closing
         assert [value_of(answer) for answer in answers] == list(range(6))
+        assert not engine.accepting
+
+    run(body)
+
+
+def test_closing_waits_for_an_image_that_is_still_being_decoded() -> None:
+    gate = Gate()
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        with engine.admit(1):
+            closing = asyncio.create_task(engine.close(20))
+            await asyncio.sleep(0)
+            assert value_of(await engine.judge(model, image(3), soon())) == 3
+        await closing
         assert not engine.accepting
 
     run(body)

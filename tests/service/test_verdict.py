@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import httpx
@@ -147,6 +148,30 @@ def test_a_full_queue_answers_429_with_retry_after(toy_models: Path) -> None:
         assert running.metric("oodgate_requests_rejected_total", reason="queue_full") == 1
         assert running.context.engine.depth == 0
         assert form(running.client, GOOD, GOOD).status_code == 200
+
+
+def test_bodies_beyond_what_the_server_holds_are_refused(toy_models: Path) -> None:
+    with serving(Settings(models=toy_models, max_buffered_bytes=5000)) as running:
+        response = post(running.client, GOOD + bytes(5000))
+        assert_problem(response, 429, "buffers_full")
+        assert response.headers["retry-after"] == "1"
+        assert post(running.client, GOOD).status_code == 200
+
+
+def test_a_body_that_does_not_arrive_is_given_up(toy_models: Path) -> None:
+    with (
+        serving(Settings(models=toy_models, request_timeout_s=0.2)) as running,
+        socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2])), timeout=20) as connection,
+    ):
+        connection.sendall(b"POST /v1/verdict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n")
+        connection.sendall(b"Content-Length: 100\r\n\r\nabc")
+        assert b"408" in connection.recv(65536).splitlines()[0]
+
+
+def test_an_error_nobody_foresaw_has_an_id_and_a_problem(toy_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(Settings(models=toy_models)) as running:
+        monkeypatch.setattr(running.context.registry, "get", lambda *args: 1 / 0)
+        assert_problem(post(running.client, GOOD), 500, "internal_error")
 
 
 def test_an_engine_that_is_lost_answers_503_and_turns_health_red(toy_models: Path) -> None:
