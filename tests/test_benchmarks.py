@@ -42,12 +42,10 @@ def test_training_writes_weights_and_goes_on_after_an_interruption(
         out=tmp_path,
         width=8,
         epochs=2,
-        small_epochs=1,
         batch_size=16,
         lr=0.1,
         weight_decay=5e-4,
         seed=0,
-        start=None,
         device="cpu",
     )
     train.train(args)

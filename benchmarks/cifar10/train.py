@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,7 +28,6 @@ from detector.cifar_resnet import CifarResNet18
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 SHIFT = 4  # pixels; the padding of the OpenOOD recipe
-SMALL_SIDE = 24  # pixels; such an epoch costs little more than half as much
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -63,12 +62,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--small-epochs", type=int, default=0, help="first epochs, on images shrunk to 24 pixels")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.2)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="weights to start a further cycle from")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     train(args)
@@ -84,8 +81,6 @@ def train(args: argparse.Namespace) -> None:
     targets = torch.from_numpy(labels)
 
     network = CifarResNet18(10, args.width).to(device)
-    if args.start:
-        network.load_state_dict(load_file(args.start))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing from torch's stubs
     optimiser = torch.optim.SGD(
         network.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
@@ -112,8 +107,6 @@ def train(args: argparse.Namespace) -> None:
         for step in range(steps_per_epoch):
             chosen = order[step * args.batch_size : (step + 1) * args.batch_size]
             x = normalised(augmented(padded, chosen, generator).to(device))
-            if epoch < args.small_epochs:
-                x = functional.interpolate(x, SMALL_SIDE, mode="bilinear", antialias=True)
             with torch.autocast(device.type, dtype=torch.bfloat16):
                 logits = network(x)
             loss = functional.cross_entropy(logits.float(), targets[chosen].to(device))
