@@ -33,17 +33,19 @@ class Process:
         environment = os.environ | {f"OODGATE_{name.upper()}": value for name, value in settings.items()}
         command = [sys.executable, "-m", "service", "serve", "--models", str(models), "--port", str(port)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
         self.url = f"http://127.0.0.1:{port}"
         self.client = httpx.Client(base_url=self.url, timeout=60)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            record = json.loads(line)  # every line of the log is JSON
-            self.log.append(record)
-            if str(record["message"]).startswith("Uvicorn running"):
-                self._ready.set()
+        with self.process.stdout as lines:
+            for line in lines:
+                record = json.loads(line)  # every line of the log is JSON
+                self.log.append(record)
+                if str(record["message"]).startswith("Uvicorn running"):
+                    self._ready.set()
         self._ended.set()
         self._ready.set()
 
@@ -60,8 +62,15 @@ class Process:
     def terminate(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(60)
-        assert self._ended.wait(10)
+        self._reader.join(10)
         return code
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._reader.join(10)
+        self.client.close()
 
 
 @contextmanager
@@ -71,7 +80,4 @@ def running(models: Path, **settings: str) -> Iterator[Process]:
         server.wait_ready()
         yield server
     finally:
-        if server.process.poll() is None:
-            server.process.kill()
-        server.process.wait()
-        server.client.close()
+        server.close()
