@@ -19,6 +19,7 @@ import numpy as np
 from detector import artifact as artifacts, calibrating, fitting
 from detector.backbone import Precision, resolve_device
 from detector.calibration import Guarantee
+from detector.card import card
 from detector.data import Dataset, Subset, open_dataset
 from detector.detector import Detector
 from detector.errors import ImageError, OodgateError
@@ -289,37 +290,6 @@ def inspect(model: Path, as_json: bool) -> None:
     """Show the model card of MODEL."""
     manifest = artifacts.read_manifest(model)
     click.echo(manifest.model_dump_json(indent=1) if as_json else card(manifest))
-
-
-def card(manifest: artifacts.Manifest) -> str:
-    """The model card, for a terminal."""
-    policy, calibration = manifest.policy, manifest.calibration
-    guarantee = policy.guarantee
-    promise = {
-        "pac": f"with probability {1 - guarantee.delta:.0%} over calibrations",
-        "marginal": "on average over calibrations",
-        "simultaneous": f"for every target at once, with probability {1 - guarantee.delta:.0%} over calibrations",
-    }[guarantee.kind]
-    unit = "groups" if calibration.grouped else "images"
-    low, high = manifest.report["expected_acceptance_interval"]
-    lines = [
-        f"{manifest.name} version {manifest.version}  {manifest.model_digest}",
-        f"network      {manifest.network.kind} {manifest.network.name}".rstrip(),
-        f"input        {manifest.preprocessing.crop[0]} x {manifest.preprocessing.crop[1]}",
-        f"classes      {len(manifest.class_names)}: {', '.join(manifest.class_names[:12])}",
-        f"score        {policy.score_name}; beside it {', '.join(manifest.shadow_scores) or 'none'}",
-        f"fitted on    {manifest.fit.n:,} images, of which the network gets {manifest.fit.accuracy:.1%} right",
-        f"calibrated   on {calibration.n:,} {unit} of {calibration.source or 'unnamed'}",
-        f"promise      accepts {policy.target_id_acceptance:.1%} of such images or more, {promise};",
-        f"             95 % of calibrations give between {low:.2%} and {high:.2%}",
-    ]
-    measured = manifest.report.get("id")
-    if measured:
-        accuracy = "" if measured["accuracy"] is None else f"accuracy {measured['accuracy']:.2%}, "
-        interval = "{:.2%} to {:.2%}".format(*measured["acceptance_interval"])
-        seen = f"{accuracy}accepted {measured['acceptance']:.2%} ({interval})"
-        lines.append(f"measured     on {measured['n']:,} test images: {seen}")
-    return "\n".join(lines)
 
 
 def _verdict_line(verdict: Verdict, path: Path) -> str:

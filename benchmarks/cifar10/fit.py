@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.cifar10.splits import split
 from benchmarks.datasets import CIFAR10_CLASSES, load
 from detector import Network, fit
-from detector.cli import card
+from detector.card import card
 from detector.data import ArrayDataset
 from detector.networks import load_network, parse_spec
 from detector.scores import FitOptions
