@@ -36,12 +36,14 @@ class Outputs:
         penultimate: float32 [N, D], the input of the last linear layer: logits = penultimate @ W.T + b.
         early: float32 [N, ...], the output of the early layer, where it was asked for.
         ids: int64 [N], the identity of each image, where it is known.
+        inputs: uint8 [N, H, W, 3], the images, where they were asked for.
     """
 
     logits: Tensor
     penultimate: Tensor
     early: Tensor | None = None
     ids: Tensor | None = None
+    inputs: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -52,6 +54,7 @@ class Outputs:
             self.penultimate[index],
             None if self.early is None else self.early[index],
             None if self.ids is None else self.ids[index],
+            None if self.inputs is None else self.inputs[index],
         )
 
     def with_ids(self, ids: Tensor) -> Outputs:
@@ -59,7 +62,7 @@ class Outputs:
 
 
 def concatenate(parts: Sequence[Outputs]) -> Outputs:
-    """Join the outputs of several batches; `early` is left behind."""
+    """Join the outputs of several batches; `early` and `inputs` are left behind."""
     ids = [part.ids for part in parts if part.ids is not None]
     return Outputs(
         torch.cat([part.logits for part in parts]),
@@ -133,12 +136,13 @@ class Backbone:
         """(height, width, 3) of one image."""
         return (*self.preprocessing.crop, 3)
 
-    def outputs(self, images: Tensor, *, early: bool = False) -> Outputs:
+    def outputs(self, images: Tensor, *, early: bool = False, inputs: bool = False) -> Outputs:
         """Run the network on uint8 images.
 
         Args:
             images: uint8 [N, H, W, 3].
             early: also return the early layer's output.
+            inputs: also return the images.
 
         Raises:
             DataError: wrong dtype or shape.
@@ -149,7 +153,8 @@ class Backbone:
             raise DataError(f"the network takes uint8 [N, {', '.join(map(str, self.input_shape))}]; got {seen}")
         if len(images) == 0:
             empty = self.weight.new_zeros
-            return Outputs(empty(0, self.num_classes), empty(0, self.weight.shape[1]))
+            no_inputs = images if inputs else None
+            return Outputs(empty(0, self.num_classes), empty(0, self.weight.shape[1]), inputs=no_inputs)
         taps: dict[str, Tensor] = {}
         with self._one_at_a_time, torch.inference_mode(), self._recording(self.early, taps, wanted=early):
             penultimate = self._penultimate(self._normalised(images))
@@ -159,7 +164,7 @@ class Backbone:
             raise NonFiniteFeatures(
                 f"the network gave NaN or infinity for image {bad[0]} of the batch; check its weights"
             )
-        return Outputs(logits, penultimate, taps.get(self.early))
+        return Outputs(logits, penultimate, taps.get(self.early), inputs=images if inputs else None)
 
     def resume(self, early: Tensor) -> Tensor:
         """Run the rest of the network from the early layer's output.

@@ -17,10 +17,11 @@ from detector import artifact as artifacts
 from detector.artifact import GOLDEN_TOLERANCE, Artifact, Manifest
 from detector.backbone import Backbone, Outputs, Precision, resolve_device
 from detector.errors import ArtifactCorrupt, ArtifactError, CalibrationError, GoldenMismatch
+from detector.features import bind
 from detector.images import Limits, Pixels, decode, image_ids
 from detector.networks import build, load_export
 from detector.policy import CalibrationScores, Decider, Grouping, Policy, Verdict
-from detector.scores import Score, registry
+from detector.scores import Score, registry, score_all
 
 Images = Pixels | Tensor | Sequence[bytes]
 BATCH = 64
@@ -82,12 +83,13 @@ class Detector:
         manifest = artifact.manifest
         backbone = _backbone(artifact, device, precision)
         scores = {name: registry()[name].from_state(_part(artifact.scores, name), backbone) for name in manifest.scores}
+        bind(scores)
         return cls(manifest, backbone, scores, calibration_scores(artifact, precision), artifact.splits)
 
     @cached_property
     def scores_without_backward(self) -> tuple[str, ...]:
         """The scores that `scores` computes where none are named."""
-        return tuple(name for name, score in self.fitted.items() if not score.needs.backward)
+        return tuple(name for name, score in self.fitted.items() if not score.backward)
 
     def with_policy(self, policy: Policy, shadows: Sequence[str] | None = None) -> Decider:
         """A decider for another policy over the same calibration.
@@ -118,13 +120,13 @@ class Detector:
         """
         pixels = self.pixels(images)
         parts = [self.backbone.outputs(part) for part in torch.split(pixels, BATCH)] or [self.backbone.outputs(pixels)]
-        together = Outputs(torch.cat([p.logits for p in parts]), torch.cat([p.penultimate for p in parts]))
-        return together.with_ids(torch.from_numpy(image_ids(pixels.numpy())))
+        logits, penultimate = torch.cat([p.logits for p in parts]), torch.cat([p.penultimate for p in parts])
+        return Outputs(logits, penultimate, ids=torch.from_numpy(image_ids(pixels.numpy())), inputs=pixels)
 
     def scores(self, outputs: Outputs, names: Sequence[str] | None = None) -> dict[str, NDArray[np.float64]]:
         """Scores float64 [N] by name, larger = more OOD; all that need no backward pass where none are named."""
         chosen = self.scores_without_backward if names is None else names
-        return {name: self.fitted[name].score(outputs).double().cpu().numpy() for name in chosen}
+        return {name: values.cpu().numpy() for name, values in score_all(self.fitted, chosen, outputs).items()}
 
     def verdicts(self, images: Images) -> list[Verdict]:
         """Verdicts, one an image; arguments and errors as for `outputs`."""

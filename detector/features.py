@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ from torch import Tensor
 from detector.backbone import Backbone, Outputs, concatenate
 from detector.data import Dataset, Labels, batches
 from detector.images import image_ids
-from detector.scores import FitOptions, Score, registry
+from detector.scores import FitOptions, Gatherer, Score, registry
+from detector.scores.gather import known_ids
 
 BATCH = 64
 SHARD = 5_000  # images between two records of progress
@@ -34,10 +35,14 @@ def silent(images: int) -> None:
 
 @dataclass(frozen=True)
 class Collected:
-    """The outputs of a whole data set, with ids, and its labels int64 [N]."""
+    """The outputs of a whole data set, with ids, and its labels int64 [N].
+
+    `values` holds the scores, float64 [N], that need the images themselves and so were computed on the way.
+    """
 
     outputs: Outputs
     labels: Labels
+    values: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def ids(self) -> Tensor:
@@ -46,7 +51,8 @@ class Collected:
         return self.outputs.ids
 
     def __getitem__(self, index: Tensor) -> Collected:
-        return Collected(self.outputs[index], self.labels[index.numpy()])
+        values = {name: value[index] for name, value in self.values.items()}
+        return Collected(self.outputs[index], self.labels[index.numpy()], values)
 
     def accuracy(self) -> float:
         """Share of labelled images whose label is the network's answer; NaN where none is labelled."""
@@ -56,21 +62,46 @@ class Collected:
 
 
 def stream(
-    backbone: Backbone, dataset: Dataset, *, start: int = 0, early: bool = False, batch_size: int = BATCH
+    backbone: Backbone,
+    dataset: Dataset,
+    *,
+    start: int = 0,
+    early: bool = False,
+    inputs: bool = False,
+    batch_size: int = BATCH,
 ) -> Iterator[tuple[Outputs, Tensor]]:
     """Outputs with ids, and labels int64 [N], batch by batch."""
     for batch in batches(dataset, batch_size, start=start):
-        outputs = backbone.outputs(torch.from_numpy(batch.images), early=early)
+        outputs = backbone.outputs(torch.from_numpy(batch.images), early=early, inputs=inputs)
         yield outputs.with_ids(torch.from_numpy(image_ids(batch.images))), torch.from_numpy(batch.labels)
 
 
-def collect(backbone: Backbone, dataset: Dataset, *, report: Report = silent, batch_size: int = BATCH) -> Collected:
-    """Logits, penultimate features and ids of a whole data set."""
+def collect(
+    backbone: Backbone,
+    dataset: Dataset,
+    *,
+    scores: Mapping[str, Score] | None = None,
+    report: Report = silent,
+    batch_size: int = BATCH,
+) -> Collected:
+    """Logits, penultimate features and ids of a whole data set, and the values of scores that run a backward pass.
+
+    Args:
+        backbone, dataset: what to run, and on what.
+        scores: fitted scores; those without a backward pass are left for `Collected.outputs`.
+        report: told of images done.
+        batch_size: images a forward pass.
+    """
+    backward = {name: score for name, score in (scores or {}).items() if score.backward}
     parts = []
-    for outputs, _ in stream(backbone, dataset, batch_size=batch_size):
-        parts.append(outputs)
+    values: dict[str, list[Tensor]] = {name: [] for name in backward}
+    for outputs, _ in stream(backbone, dataset, inputs=bool(backward), batch_size=batch_size):
+        parts.append(replace(outputs, inputs=None))
+        for name, score in backward.items():
+            values[name].append(score.score(outputs))
         report(len(outputs))
-    return Collected(concatenate(parts), dataset.labels)
+    together = {name: torch.cat(pieces) for name, pieces in values.items()}
+    return Collected(concatenate(parts), dataset.labels, together)
 
 
 def fit_scores(
@@ -96,28 +127,46 @@ def fit_scores(
         the fitted scores by name, and the ids int64 [N] of the images they were fitted on.
     """
     classes = registry()
-    # A score that can be made from another's state is not fitted twice.
-    streamed = [name for name in names if classes[name].shares_fit_with not in names]
-    scores: dict[str, Score] = {name: classes[name](options) for name in streamed}
-    progress = Progress(workdir, _fit_key(backbone, dataset, options, streamed)) if workdir else None
-    done, ids = progress.load(scores) if progress else (0, torch.zeros(0, dtype=torch.int64))
+    scores = {name: classes[name](options) for name in names}
+    gatherers = _shared(scores.values())
+    progress = Progress(workdir, _fit_key(backbone, dataset, options, sorted(gatherers))) if workdir else None
+    done, ids = progress.load(gatherers) if progress else (0, torch.zeros(0, dtype=torch.int64))
     report(done)
-    early = any(score.needs.early for score in scores.values())
-    for outputs, labels in stream(backbone, dataset, start=done, early=early):
-        for score in scores.values():
-            score.partial_fit(outputs, labels)
-        assert outputs.ids is not None
-        ids = torch.cat([ids, outputs.ids])
+    early = any(gatherer.needs.early for gatherer in gatherers.values())
+    inputs = any(gatherer.needs.inputs for gatherer in gatherers.values())
+    for outputs, labels in stream(backbone, dataset, start=done, early=early, inputs=inputs):
+        for gatherer in gatherers.values():
+            gatherer.add(outputs, labels)
+        ids = torch.cat([ids, known_ids(outputs)])
         if progress and len(ids) // SHARD > done // SHARD:
-            progress.save(scores, ids)
+            progress.save(gatherers, ids)
         done = len(ids)
         report(len(outputs))
-    fitted = {name: score.finalize(backbone) for name, score in scores.items()}
-    for name in names:
-        source = classes[name].shares_fit_with
-        if name not in fitted and source is not None:
-            fitted[name] = classes[name].from_state(fitted[source].state(), backbone)
-    return {name: fitted[name] for name in names}, ids
+    for score in scores.values():
+        score.finalize(backbone)
+    return scores, ids
+
+
+def bind(scores: Mapping[str, Score]) -> None:
+    """Hand scores that are made of others the others."""
+    for score in scores.values():
+        score.bind(scores)
+
+
+def tune_scores(scores: Mapping[str, Score], tuned: Collected) -> None:
+    """Fix what scores choose on the tune split, members before what is made of them."""
+    bind(scores)
+    labels = torch.from_numpy(tuned.labels)
+    for score in sorted(scores.values(), key=lambda score: bool(score.members)):
+        score.tune(tuned.outputs, labels)
+
+
+def _shared(scores: Iterable[Score]) -> dict[str, Gatherer]:
+    """Let scores that gather the same thing share one gatherer; all gatherers by name."""
+    pool: dict[type[Gatherer], Gatherer] = {}
+    for score in scores:
+        score.gathered = {kind: pool.setdefault(kind, own) for kind, own in score.gathered.items()}
+    return {kind.__name__: gatherer for kind, gatherer in pool.items()}
 
 
 class Progress:
@@ -127,8 +176,8 @@ class Progress:
         workdir.mkdir(parents=True, exist_ok=True)
         self.path, self.key = workdir / "progress.safetensors", key
 
-    def load(self, scores: dict[str, Score]) -> tuple[int, Tensor]:
-        """Give the scores back what they had gathered; the number of images done, and their ids."""
+    def load(self, gatherers: Mapping[str, Gatherer]) -> tuple[int, Tensor]:
+        """Give the gatherers back what they had; the number of images done, and their ids."""
         nothing = 0, torch.zeros(0, dtype=torch.int64)
         if not self.path.exists():
             return nothing
@@ -137,14 +186,16 @@ class Progress:
                 return nothing
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         ids = tensors.pop("ids")
-        for name, score in scores.items():
+        for name, gatherer in gatherers.items():
             prefix = f"{name}."
-            score.restore({key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)})
+            gatherer.restore({key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)})
         return len(ids), ids
 
-    def save(self, scores: dict[str, Score], ids: Tensor) -> None:
-        """Write what the scores have gathered from the images of these ids."""
-        gathered = {f"{name}.{key}": value for name, score in scores.items() for key, value in score.progress().items()}
+    def save(self, gatherers: Mapping[str, Gatherer], ids: Tensor) -> None:
+        """Write what was gathered from the images of these ids."""
+        gathered = {
+            f"{name}.{key}": value for name, kind in gatherers.items() for key, value in kind.progress().items()
+        }
         tensors = {key: value.contiguous() for key, value in gathered.items()} | {"ids": ids}
         partial = self.path.with_suffix(".partial")
         save_file(tensors, partial, {"key": self.key})
@@ -156,4 +207,6 @@ def _fit_key(backbone: Backbone, dataset: Dataset, options: FitOptions, names: S
     for name, value in sorted(backbone.module.state_dict().items()):
         weights.update(name.encode() + np.ascontiguousarray(value.detach().cpu().numpy()).tobytes())
     parts = [weights.hexdigest(), dataset.fingerprint(), backbone.preprocessing.model_dump_json(), backbone.early]
-    return hashlib.sha256(json.dumps([*parts, asdict(options), list(names), BATCH]).encode()).hexdigest()
+    # What is gathered does not depend on how the OOD prototype is made of it.
+    told = asdict(replace(options, ood_images=None))
+    return hashlib.sha256(json.dumps([*parts, told, list(names), BATCH]).encode()).hexdigest()

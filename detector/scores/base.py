@@ -3,27 +3,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Self, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from detector.backbone import Backbone, Outputs
+from detector.errors import NonFiniteFeatures, ScoreError
 
 State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a score asks of the forward pass.
-
-    Args:
-        early: the early layer's output, while fitting.
-        backward: a backward pass of its own, while scoring; such a score never decides by default.
-    """
-
-    early: bool = False
-    backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,66 +27,160 @@ class FitOptions:
             classes; None keeps all.
         mixup_images: training images mixed into the synthetic OOD prototype, balanced over the classes.
         mixup_coefficient: share of the image in the mix; the rest is the prototype of the runner-up class.
+        generator: what the OOD prototype of GROOD is the mean of: `mixup`, `noise`, `prototype_mean`, or `images`
+            that the caller passes by name.
+        ood_images: uint8 [N, H, W, 3], those images.
     """
 
     num_classes: int = 0
     bank_size: int | None = 10_000
     mixup_images: int = 1_000
     mixup_coefficient: float = 0.5
+    generator: str = "mixup"
+    ood_images: Tensor | None = field(default=None, compare=False, repr=False)
 
 
-class Score(Protocol):
+@dataclass(frozen=True)
+class Needs:
+    """What a forward pass must keep for a score or for what it gathers.
+
+    Args:
+        early: the early layer's output.
+        inputs: the images themselves.
+    """
+
+    early: bool = False
+    inputs: bool = False
+
+
+class Gatherer(ABC):
+    """What one streaming pass over the training images leaves behind; scores that need the same share one.
+
+    The result is the same for any order of the batches and any sharding, up to the rounding of float64 sums.
+    """
+
+    needs: ClassVar[Needs] = Needs()
+
+    @abstractmethod
+    def __init__(self, options: FitOptions) -> None: ...
+
+    @abstractmethod
+    def add(self, outputs: Outputs, labels: Tensor) -> None:
+        """Take in a batch: outputs with ids, labels int64 [N]."""
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Take in what another one has gathered."""
+
+    @abstractmethod
+    def progress(self) -> State:
+        """All that was gathered, to go on from after an interruption."""
+
+    @abstractmethod
+    def restore(self, progress: State) -> None:
+        """Take `progress` back."""
+
+
+G = TypeVar("G", bound=Gatherer)
+
+
+class Score(ABC):
     """A method that ranks images: larger = more OOD.
 
-    Fitting streams: `partial_fit` any number of times, on any number of instances that are merged, then `finalize`.
-    Two instances that saw one half each and are merged equal one that saw all.
+    Fitting streams: `partial_fit` any number of times, on any number of instances that are merged, then `finalize`,
+    then, where there is a tune split, `tune`. Two instances that saw one half each and are merged equal one that saw
+    all. A subclass names what it gathers and the tensors of its state, and implements `_fit` and `_score`.
     """
 
     name: ClassVar[str]
-    needs: ClassVar[Needs]
-    shares_fit_with: ClassVar[str | None]  # fitted from the state of that score, where both are asked for
+    gathers: ClassVar[tuple[type[Gatherer], ...]] = ()
+    tensors: ClassVar[tuple[str, ...]] = ()  # attributes that are its state
+    backward: ClassVar[bool] = False  # runs a backward pass of its own; such a score never decides by default
+    tuned: ClassVar[bool] = False  # cannot be used before `tune`
+    members: ClassVar[tuple[str, ...]] = ()  # scores it is made of
 
-    def __init__(self, options: FitOptions) -> None: ...
+    def __init__(self, options: FitOptions) -> None:
+        self.options = options
+        self.gathered: dict[type[Gatherer], Gatherer] = {kind: kind(options) for kind in self.gathers}
 
     def partial_fit(self, outputs: Outputs, labels: Tensor) -> Self:
         """Take in a batch: outputs with ids, labels int64 [N]."""
-        ...
+        for gatherer in self.gathered.values():
+            gatherer.add(outputs, labels)
+        return self
 
     def merge(self, other: Self) -> Self:
         """Take in what another instance has gathered."""
-        ...
-
-    def progress(self) -> State:
-        """What `partial_fit` has gathered, to go on from after an interruption."""
-        ...
-
-    def restore(self, progress: State) -> Self:
-        """Take `progress` back."""
-        ...
+        for kind, gatherer in self.gathered.items():
+            gatherer.merge(other.gathered[kind])
+        return self
 
     def finalize(self, backbone: Backbone) -> Self:
-        """Turn what was gathered into what scoring needs; EmptyClass where a class was never seen."""
-        ...
+        """Turn what was gathered into what scoring needs.
+
+        Raises:
+            EmptyClass: a class was never seen.
+            ScoreError: the training images or the network do not allow this score.
+        """
+        return self._take(self._fit(backbone), backbone)
+
+    def tune(self, outputs: Outputs, labels: Tensor) -> Self:
+        """Fix what is chosen on held-out in-distribution images: outputs and labels int64 [N] of the tune split."""
+        return self
+
+    def bind(self, scores: Mapping[str, Score]) -> Self:
+        """Take hold of the fitted scores that this one is made of; ScoreError where one is missing."""
+        return self
 
     def score(self, outputs: Outputs) -> Tensor:
-        """float64 [N], larger = more OOD; no side effects."""
-        ...
+        """float64 [N] on the device of the outputs, larger = more OOD; no side effects.
+
+        Raises:
+            NonFiniteFeatures: NaN or infinity in the outputs.
+        """
+        if not len(outputs):
+            return outputs.logits.new_zeros(0, dtype=torch.float64)
+        if not bool(torch.isfinite(outputs.penultimate).all() & torch.isfinite(outputs.logits).all()):
+            raise NonFiniteFeatures(f"{self.name} was given NaN or infinity; check the network's weights")
+        return self._score(outputs).double()
 
     def state(self) -> State:
         """The fitted tensors by name, without the score's own name as prefix."""
-        ...
+        return {name: getattr(self, name) for name in self.tensors}
 
     @classmethod
     def from_state(cls, state: State, backbone: Backbone) -> Self:
-        """The fitted score, on the backbone's device."""
-        ...
+        """The fitted score, on the backbone's device; ScoreError where a tensor is missing."""
+        missing = [name for name in cls.tensors if name not in state]
+        if missing:
+            raise ScoreError(f"the state of {cls.name} lacks {', '.join(missing)}; fit the model again")
+        return cls(FitOptions(num_classes=backbone.num_classes))._take(state, backbone)
+
+    def got(self, kind: type[G]) -> G:
+        """What one of its gatherers has."""
+        return cast(G, self.gathered[kind])
+
+    def _fit(self, backbone: Backbone) -> State:
+        return {}
+
+    @abstractmethod
+    def _score(self, outputs: Outputs) -> Tensor: ...
+
+    def _attach(self, backbone: Backbone) -> None:  # noqa: B027 - most scores need nothing more than their state
+        """Derive from the state and the network what scoring needs."""
+
+    def _take(self, state: State, backbone: Backbone) -> Self:
+        for name in self.tensors:
+            setattr(self, name, state[name].to(backbone.device))
+        self._attach(backbone)
+        return self
 
 
-S = TypeVar("S", bound=Score)
+S = TypeVar("S", bound=type[Score])
 _REGISTRY: dict[str, type[Score]] = {}
 
 
-def register(cls: type[S]) -> type[S]:
+def register(cls: S) -> S:
     """Class decorator: make a score known under its name."""
     _REGISTRY[cls.name] = cls
     return cls

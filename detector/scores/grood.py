@@ -8,26 +8,30 @@ With class prototypes p_1..p_C (class means of the penultimate features h) and a
     g(h) = dL/dq = pi_q (h - q) / ||h - q||                     so ||g|| = pi_q, and y does not matter
 
 `grood` scores an image by the Euclidean distance from g(h) to the nearest gradient of a correctly classified training
-image; `grood_norm` by ||g(h)||_1, which needs no training gradients.
+image; `grood_norm` by ||g(h)||_1, which needs no training gradients. `grood_w`, `grood_margin` and `grood_margin_w` are
+our own forms.
 """
 
 from __future__ import annotations
 
-from math import ceil
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from detector.backbone import Backbone, Outputs
-from detector.errors import EmptyClass, ScoreError
-from detector.scores.base import FitOptions, Needs, State, register
-from detector.scores.reservoir import Reservoir
+from detector.errors import ScoreError
+from detector.scores.base import Gatherer, Score, State, register
+from detector.scores.gather import ClassSums, CorrectFeatures, EarlyMaps, Scatter
 
 CANDIDATES = 16  # found in float32, then measured in float64
 ROUNDING = 1e-5  # of a squared distance in float32, in units of the squared gradient
 CHUNK_CELLS = 2**22  # queries x bank rows held at a time
 SAFE_NORM = 1e-30  # a float32 gradient this short still has its direction
+GENERATORS = ("mixup", "noise", "prototype_mean", "images")
+OUR_MIXUP = 0.8  # lambda of our own forms
+DEFAULT_SHRINKAGE = 0.1
+SHRINKAGES = tuple(10 ** (exponent / 4) for exponent in range(-16, 1))
 
 
 def grood_gradient(features: Tensor, prototypes: Tensor, ood_prototype: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,103 +54,92 @@ def grood_gradient(features: Tensor, prototypes: Tensor, ood_prototype: Tensor) 
     return direction, log_pi
 
 
-class Gathered:
-    """What one pass over the training images leaves for GROOD: class sums, and two reservoirs.
+def gradient_bank(features: Tensor, prototypes: Tensor, ood_prototype: Tensor) -> Tensor:
+    """Gradients [B, D] of training features [B, D]: float32, or float64 where one is too short for float32."""
+    direction, log_pi = grood_gradient(features, prototypes, ood_prototype)
+    bank = log_pi.exp()[:, None] * direction
+    return bank.float() if bool((log_pi.exp() >= SAFE_NORM).all()) else bank
 
-    The OOD prototype is the mean of the features that the network gives to mixed early maps,
-    lambda e(x) + (1 - lambda) mean of e over the runner-up class of x.
+
+class GroodFamily(Score):
+    """What the forms of GROOD share: class prototypes and one synthetic OOD prototype, in the space they compare in.
+
+    The OOD prototype is the mean of the penultimate features of synthetic images, by `FitOptions.generator`:
+    `mixup` (the default): lambda e(x) + (1 - lambda) mean of e over the runner-up class of x, at the early layer, run
+    on from there; `noise`: blurred uniform noise, of each hundred the ten with the least energy; `prototype_mean`: the
+    mean of the class prototypes; `images`: the images that the caller passed, the only form that sees OOD data.
     """
 
-    def __init__(self, options: FitOptions, *, keep_bank: bool) -> None:
-        self.options = options
-        self.keep_bank = keep_bank
-        classes = options.num_classes
-        self.counts = torch.zeros(classes, dtype=torch.int64)
-        self.sums = torch.zeros(classes, 0, dtype=torch.float64)
-        self.early_sums = torch.zeros(classes, 0, dtype=torch.float64)
-        self.early_shape = torch.zeros(0, dtype=torch.int64)
-        self.bank = Reservoir(None if options.bank_size is None else ceil(options.bank_size / classes))
-        self.mixup = Reservoir(ceil(options.mixup_images / classes))
+    gathers: ClassVar[tuple[type[Gatherer], ...]] = (ClassSums, EarlyMaps)
+    mixup_coefficient: ClassVar[float | None] = None  # None takes the fit's
+    prototypes: Tensor
+    ood_prototype: Tensor
 
-    def add(self, outputs: Outputs, labels: Tensor) -> None:
-        if outputs.early is None or outputs.ids is None:
-            raise ScoreError("GROOD is fitted from outputs that carry the early layer and the image ids")
-        self.early_shape = torch.tensor(outputs.early.shape[1:])
-        self.counts += torch.bincount(labels.cpu(), minlength=len(self.counts))
-        self.sums = _added(self.sums, _class_sums(outputs.penultimate, labels, len(self.counts)))
-        self.early_sums = _added(self.early_sums, _class_sums(outputs.early.flatten(1), labels, len(self.counts)))
-        best_two = outputs.logits.topk(2, dim=1).indices
-        self.mixup.add(outputs.ids, labels, early=outputs.early, runner_up=best_two[:, 1])
-        if self.keep_bank:
-            correct = best_two[:, 0] == labels.to(best_two.device)
-            self.bank.add(outputs.ids[correct.cpu()], labels[correct.cpu()], features=outputs.penultimate[correct])
+    def _prototypes(self, backbone: Backbone) -> tuple[Tensor, Tensor]:
+        """Class prototypes [C, D] and OOD prototype [D], float64, in the network's own feature space."""
+        means = self.got(ClassSums).means()
+        options = self.options
+        if options.generator == "prototype_mean":
+            return means, means.mean(dim=0)
+        if options.generator == "noise":
+            return means, noise_prototype(backbone)
+        if options.generator == "images":
+            return means, _mean_features(backbone, options.ood_images)
+        if options.generator != "mixup":
+            raise ScoreError(f"there is no generator {options.generator!r}; use {', '.join(GENERATORS)}")
+        share = options.mixup_coefficient if self.mixup_coefficient is None else self.mixup_coefficient
+        return means, self.got(EarlyMaps).mean_of_mixed(backbone, share)
 
-    def merge(self, other: Gathered) -> None:
-        self.counts += other.counts
-        self.sums = _added(self.sums, other.sums.clone())
-        self.early_sums = _added(self.early_sums, other.early_sums.clone())
-        self.early_shape = other.early_shape if len(other.early_shape) else self.early_shape
-        self.bank.merge(other.bank)
-        self.mixup.merge(other.mixup)
-
-    def progress(self) -> State:
-        tensors = {"counts": self.counts, "sums": self.sums, "early_sums": self.early_sums, "shape": self.early_shape}
-        bank = {f"bank.{name}": value for name, value in self.bank.rows().items()}
-        mixup = {f"mixup.{name}": value for name, value in self.mixup.rows().items()}
-        return tensors | bank | mixup
-
-    def restore(self, progress: State) -> None:
-        self.counts, self.sums = progress["counts"], progress["sums"]
-        self.early_sums, self.early_shape = progress["early_sums"], progress["shape"]
-        for prefix, reservoir in (("bank.", self.bank), ("mixup.", self.mixup)):
-            rows = {name.removeprefix(prefix): value for name, value in progress.items() if name.startswith(prefix)}
-            if rows:
-                reservoir.add(rows.pop("ids"), rows.pop("labels"), **rows)
-
-    def prototypes(self) -> Tensor:
-        empty = (self.counts == 0).nonzero().flatten().tolist()
-        if empty:
-            raise EmptyClass(f"no training image has label {empty[:10]}; every output of the network needs images")
-        return (self.sums / self.counts[:, None]).float()
-
-    def ood_prototype(self, backbone: Backbone, batch_size: int = 100) -> Tensor:
-        rows = self.mixup.rows()
-        share = self.options.mixup_coefficient
-        total = torch.zeros(self.sums.shape[1], dtype=torch.float64)
-        for start in range(0, len(rows["ids"]), batch_size):
-            part = slice(start, start + batch_size)
-            runner_up = rows["runner_up"][part]
-            other = (self.early_sums[runner_up] / self.counts[runner_up, None]).reshape(-1, *self.early_shape.tolist())
-            mixed = share * rows["early"][part].double() + (1 - share) * other
-            total += backbone.resume(mixed.float()).double().sum(dim=0).cpu()
-        return (total / len(rows["ids"])).float()
+    def _compared(self, features: Tensor) -> Tensor:
+        """Features in the space of the prototypes."""
+        return features.double()
 
 
-class GroodFamily:
-    """The fit that the forms of GROOD share."""
+class Whitened(GroodFamily):
+    """A form of GROOD in the features whitened by their covariance within classes: h A, A A^T = S^-1.
 
-    keep_bank: ClassVar[bool]
+    S = (1 - s) S_within + s trace(S_within) / D I. The shrinkage s makes held-out images likeliest: the Gaussian
+    likelihood of the tune split around the class prototypes; without a tune split it is 0.1.
+    """
 
-    def __init__(self, options: FitOptions) -> None:
-        self._gathered = Gathered(options, keep_bank=self.keep_bank)
+    gathers: ClassVar[tuple[type[Gatherer], ...]] = (ClassSums, EarlyMaps, Scatter)
+    whitening: Tensor
 
-    def partial_fit(self, outputs: Outputs, labels: Tensor) -> Self:
-        self._gathered.add(outputs, labels)
-        return self
+    def tune(self, outputs: Outputs, labels: Tensor) -> Self:
+        labels = torch.where(labels < 0, outputs.logits.argmax(dim=1).cpu(), labels)
+        residual = outputs.penultimate.double().cpu() - self._raw_prototypes[labels]
+        projected = (residual @ self._axes).square().mean(dim=0)
+        scaled = [self._spread(share) for share in SHRINKAGES]
+        likelihood = [-float((projected / values + values.log()).sum()) for values in scaled]
+        best = SHRINKAGES[max(range(len(SHRINKAGES)), key=likelihood.__getitem__)]
+        return self._take(self._state(best), self._backbone)
 
-    def merge(self, other: Self) -> Self:
-        self._gathered.merge(other._gathered)
-        return self
+    def _fit(self, backbone: Backbone) -> State:
+        within = self.got(Scatter).within_classes(self.got(ClassSums))
+        self._variances, self._axes = torch.linalg.eigh(within)
+        self._raw_prototypes, self._raw_ood_prototype = self._prototypes(backbone)
+        self._backbone = backbone
+        return self._state(DEFAULT_SHRINKAGE)
 
-    def progress(self) -> State:
-        return self._gathered.progress()
+    def _spread(self, share: float) -> Tensor:
+        mean = self._variances.mean().clamp_min(torch.finfo(torch.float32).tiny)
+        spread: Tensor = (1 - share) * self._variances.clamp_min(0) + share * mean
+        return spread
 
-    def restore(self, progress: State) -> Self:
-        self._gathered.restore(progress)
-        return self
+    def _state(self, share: float) -> State:
+        transform = (self._axes / self._spread(share).sqrt()).float()
+        return {
+            "prototypes": (self._raw_prototypes @ transform.double()).float(),
+            "ood_prototype": (self._raw_ood_prototype @ transform.double()).float(),
+            "whitening": transform,
+        }
 
-    def _set_prototypes(self, prototypes: Tensor, ood_prototype: Tensor, device: torch.device) -> None:
-        self.prototypes, self.ood_prototype = prototypes.to(device), ood_prototype.to(device)
+    def _attach(self, backbone: Backbone) -> None:
+        super()._attach(backbone)
+        self._transform = self.whitening.double()
+
+    def _compared(self, features: Tensor) -> Tensor:
+        return features.double() @ self._transform
 
 
 @register
@@ -158,43 +151,26 @@ class Grood(GroodFamily):
     """
 
     name: ClassVar[str] = "grood"
-    needs: ClassVar[Needs] = Needs(early=True)
-    shares_fit_with: ClassVar[str | None] = None
-    keep_bank: ClassVar[bool] = True
+    gathers: ClassVar[tuple[type[Gatherer], ...]] = (ClassSums, EarlyMaps, CorrectFeatures)
+    tensors: ClassVar[tuple[str, ...]] = ("prototypes", "ood_prototype", "bank")
+    bank: Tensor
 
-    def finalize(self, backbone: Backbone) -> Self:
-        prototypes = self._gathered.prototypes()
-        ood_prototype = self._gathered.ood_prototype(backbone)
-        rows = self._gathered.bank.rows()
-        if not rows:
-            raise ScoreError("no training image is classified correctly; check the order of the classes")
-        direction, log_pi = grood_gradient(rows["features"], prototypes, ood_prototype)
-        bank = log_pi.exp()[:, None] * direction
-        self._set_prototypes(prototypes, ood_prototype, backbone.device)
-        self._set_bank(bank.float() if bool((log_pi.exp() >= SAFE_NORM).all()) else bank, backbone.device)
-        return self
+    def _fit(self, backbone: Backbone) -> State:
+        prototypes, ood_prototype = (part.float() for part in self._prototypes(backbone))
+        bank = gradient_bank(self.got(CorrectFeatures).features(), prototypes, ood_prototype)
+        return {"prototypes": prototypes, "ood_prototype": ood_prototype, "bank": bank}
 
-    def score(self, outputs: Outputs) -> Tensor:
-        queries = max(1, CHUNK_CELLS // len(self.bank))
-        parts = [self._nearest(features) for features in torch.split(outputs.penultimate, queries)]
-        return torch.cat(parts)
-
-    def state(self) -> State:
-        return {"prototypes": self.prototypes, "ood_prototype": self.ood_prototype, "bank": self.bank}
-
-    @classmethod
-    def from_state(cls, state: State, backbone: Backbone) -> Self:
-        score = cls(FitOptions(num_classes=len(state["prototypes"])))
-        score._set_prototypes(state["prototypes"], state["ood_prototype"], backbone.device)
-        score._set_bank(state["bank"], backbone.device)
-        return score
-
-    def _set_bank(self, bank: Tensor, device: torch.device) -> None:
-        self.bank = bank.to(device)
+    def _attach(self, backbone: Backbone) -> None:
+        super()._attach(backbone)
         norms = torch.linalg.vector_norm(self.bank, dim=1, dtype=torch.float64)
         norms = norms.clamp_min(torch.finfo(torch.float64).tiny)
-        self._bank_directions = self.bank.div(norms.to(bank.dtype)[:, None]).float()
+        self._bank_directions = self.bank.div(norms.to(self.bank.dtype)[:, None]).float()
         self._bank_log_pi = norms.log()
+
+    def _score(self, outputs: Outputs) -> Tensor:
+        queries = max(1, CHUNK_CELLS // len(self.bank))
+        parts = [self._nearest(self._compared(features)) for features in torch.split(outputs.penultimate, queries)]
+        return torch.cat(parts)
 
     def _nearest(self, features: Tensor) -> Tensor:
         direction, log_pi = grood_gradient(features, self.prototypes, self.ood_prototype)
@@ -228,6 +204,24 @@ class Grood(GroodFamily):
 
 
 @register
+class GroodW(Whitened, Grood):
+    """`grood` in whitened features: ours.
+
+    State: that of `grood` in the whitened space, whitening float32 [D, D].
+    """
+
+    name: ClassVar[str] = "grood_w"
+    gathers: ClassVar[tuple[type[Gatherer], ...]] = (ClassSums, EarlyMaps, Scatter, CorrectFeatures)
+    tensors: ClassVar[tuple[str, ...]] = ("prototypes", "ood_prototype", "whitening", "bank")
+    mixup_coefficient: ClassVar[float | None] = OUR_MIXUP
+
+    def _state(self, share: float) -> State:
+        state = super()._state(share)
+        features = self.got(CorrectFeatures).features().double() @ state["whitening"].double()
+        return state | {"bank": gradient_bank(features, state["prototypes"], state["ood_prototype"])}
+
+
+@register
 class GroodNorm(GroodFamily):
     """The index-free form: ||g||_1 = pi_q ||h - q||_1 / ||h - q||_2.
 
@@ -235,34 +229,75 @@ class GroodNorm(GroodFamily):
     """
 
     name: ClassVar[str] = "grood_norm"
-    needs: ClassVar[Needs] = Needs(early=True)
-    shares_fit_with: ClassVar[str | None] = "grood"
-    keep_bank: ClassVar[bool] = False
+    tensors: ClassVar[tuple[str, ...]] = ("prototypes", "ood_prototype")
 
-    def finalize(self, backbone: Backbone) -> Self:
-        self._set_prototypes(self._gathered.prototypes(), self._gathered.ood_prototype(backbone), backbone.device)
-        return self
+    def _fit(self, backbone: Backbone) -> State:
+        prototypes, ood_prototype = self._prototypes(backbone)
+        return {"prototypes": prototypes.float(), "ood_prototype": ood_prototype.float()}
 
-    def score(self, outputs: Outputs) -> Tensor:
+    def _score(self, outputs: Outputs) -> Tensor:
         direction, log_pi = grood_gradient(outputs.penultimate, self.prototypes, self.ood_prototype)
         return log_pi.exp() * direction.abs().sum(dim=1)
 
-    def state(self) -> State:
-        return {"prototypes": self.prototypes, "ood_prototype": self.ood_prototype}
 
-    @classmethod
-    def from_state(cls, state: State, backbone: Backbone) -> Self:
-        score = cls(FitOptions(num_classes=len(state["prototypes"])))
-        score._set_prototypes(state["prototypes"], state["ood_prototype"], backbone.device)
-        return score
+@register
+class GroodMargin(GroodNorm):
+    """min_k ||h - p_k|| - ||h - q||: ours, the limit of T logit(pi_q) for a temperature T towards zero.
+
+    State: that of `grood_norm`.
+    """
+
+    name: ClassVar[str] = "grood_margin"
+    mixup_coefficient: ClassVar[float | None] = OUR_MIXUP
+
+    def _score(self, outputs: Outputs) -> Tensor:
+        h = self._compared(outputs.penultimate)
+        anchors = torch.vstack([self.prototypes, self.ood_prototype]).double()
+        distances = torch.cdist(h, anchors, compute_mode="donot_use_mm_for_euclid_dist")
+        return distances[:, :-1].amin(dim=1) - distances[:, -1]
 
 
-def _class_sums(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
-    total = torch.zeros(classes, rows.shape[1], dtype=torch.float64, device=rows.device)
-    return total.index_add_(0, labels.to(rows.device), rows.double()).cpu()
+@register
+class GroodMarginW(Whitened, GroodMargin):
+    """`grood_margin` in whitened features: ours.
+
+    State: that of `grood_norm` in the whitened space, whitening float32 [D, D].
+    """
+
+    name: ClassVar[str] = "grood_margin_w"
+    gathers: ClassVar[tuple[type[Gatherer], ...]] = (ClassSums, EarlyMaps, Scatter)
+    tensors: ClassVar[tuple[str, ...]] = ("prototypes", "ood_prototype", "whitening")
 
 
-def _added(total: Tensor, part: Tensor) -> Tensor:
-    if part.shape[1] == 0:
-        return total
-    return part if total.shape[1] == 0 else total.add_(part)
+def noise_prototype(backbone: Backbone, images: int = 100) -> Tensor:
+    """Mean features, float64 [D], of blurred uniform noise: of each hundred images the ten with the least energy."""
+    generator = torch.Generator().manual_seed(0)
+    height, width, channels = backbone.input_shape
+    kept: list[Tensor] = []
+    while sum(map(len, kept)) < images:
+        noise = torch.rand(100, channels, height, width, generator=generator)
+        sigma = 0.2 + 4.8 * float(torch.rand((), generator=generator))
+        pixels = _blurred(noise, sigma).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        outputs = backbone.outputs(pixels.contiguous())
+        least = torch.logsumexp(outputs.logits.double(), dim=1).topk(10, largest=False).indices
+        kept.append(outputs.penultimate[least].double().cpu())
+    return torch.cat(kept).mean(dim=0)
+
+
+def _blurred(images: Tensor, sigma: float) -> Tensor:
+    """A 5 x 7 Gaussian blur, as the authors' code applies; images float [N, C, H, W]."""
+    channels = images.shape[1]
+    for length, shape in ((5, (5, 1)), (7, (1, 7))):
+        offsets = torch.arange(length) - length // 2
+        kernel = torch.softmax(-0.5 * (offsets / sigma).square(), dim=0).reshape(1, 1, *shape)
+        padding = (shape[1] // 2,) * 2 + (shape[0] // 2,) * 2
+        padded = torch.nn.functional.pad(images, padding, mode="reflect")
+        images = torch.nn.functional.conv2d(padded, kernel.expand(channels, 1, *shape), groups=channels)
+    return images
+
+
+def _mean_features(backbone: Backbone, images: Tensor | None) -> Tensor:
+    if images is None or not len(images):
+        raise ScoreError("the generator `images` needs images: pass FitOptions(ood_images=...) or --ood-images PATH")
+    parts = [backbone.outputs(part).penultimate.double().cpu() for part in torch.split(images, 64)]
+    return torch.cat(parts).mean(dim=0)

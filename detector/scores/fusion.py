@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fusion`, ours: the mean of the members' normal scores, from one forward pass and without any OOD data.
+
+Each member's score s becomes z(s): on the tune split, z = Phi^-1 of the mid-rank of s, interpolated between the tune
+scores and continued beyond both ends by straight lines of the slope found there. The map is strictly increasing and has
+no end, so OOD images beyond every tune score keep their order and a fusion of one member ranks as the member does. What
+makes the p-value valid is only the last step: the fused score is ranked on the calibration split like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import ndtri
+from torch import Tensor
+
+from detector.backbone import Backbone, Outputs
+from detector.errors import ScoreError
+from detector.scores.base import FitOptions, Score, State, register
+
+TAIL = 0.1  # of the tune scores give the slope of each tail
+
+
+def score_all(scores: Mapping[str, Score], names: Sequence[str], outputs: Outputs) -> dict[str, Tensor]:
+    """The named scores, float64 [N] each; the members of a fusion are computed once."""
+    known: dict[str, Tensor] = {}
+
+    def value(name: str) -> Tensor:
+        if name not in known:
+            score = scores[name]
+            if isinstance(score, Fusion):
+                known[name] = score.combine({member: value(member) for member in score.maps})
+            else:
+                known[name] = score.score(outputs)
+        return known[name]
+
+    return {name: value(name) for name in names}
+
+
+class NormalMap:
+    """A strictly increasing map from one member's scores to normal scores.
+
+    Args:
+        scores: float64 [K], ascending, distinct.
+        normal: float64 [K], ascending.
+        slopes: float64 [2], below the first and above the last, positive.
+    """
+
+    def __init__(self, scores: Tensor, normal: Tensor, slopes: Tensor) -> None:
+        self.scores, self.normal, self.slopes = scores, normal, slopes
+
+    @classmethod
+    def fit(cls, tune: NDArray[np.float64]) -> NormalMap:
+        """The map that makes tune scores [n] standard normal."""
+        scores, counts = np.unique(tune, return_counts=True)
+        middle = counts.cumsum() - counts / 2
+        normal = ndtri(middle / len(tune))
+        slopes = [_slope(scores, normal, part) for part in _tails(len(scores))]
+        return cls(*(torch.from_numpy(np.asarray(part, dtype=np.float64)) for part in (scores, normal, slopes)))
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """z, float64 [N], of scores float64 [N]."""
+        scores, normal = self.scores, self.normal
+        low, high = self.slopes
+        if len(scores) > 1:
+            left = (torch.searchsorted(scores, values, right=True) - 1).clamp(0, len(scores) - 2)
+            share = (values - scores[left]) / (scores[left + 1] - scores[left])
+            inside = normal[left] + share * (normal[left + 1] - normal[left])
+        else:
+            inside = normal.expand(len(values))
+        below = normal[0] + low * (values - scores[0])
+        above = normal[-1] + high * (values - scores[-1])
+        return torch.where(values < scores[0], below, torch.where(values > scores[-1], above, inside))
+
+    def state(self) -> State:
+        return {"scores": self.scores, "normal": self.normal, "slopes": self.slopes}
+
+    def to(self, device: torch.device) -> NormalMap:
+        return NormalMap(self.scores.to(device), self.normal.to(device), self.slopes.to(device))
+
+
+@register
+class Fusion(Score):
+    """Mean normal score of the members.
+
+    State, for each member M in order: `I.M.scores`, `I.M.normal` float64 [K], `I.M.slopes` float64 [2]. Float64: a
+    member's scores may differ by less than float32 can tell.
+    """
+
+    name: ClassVar[str] = "fusion"
+    tuned: ClassVar[bool] = True
+    members: ClassVar[tuple[str, ...]] = ("gen", "knn", "fdbd", "grood", "grood_margin_w", "rg", "vim")
+
+    def __init__(self, options: FitOptions) -> None:
+        super().__init__(options)
+        self.maps: dict[str, NormalMap] = {}
+        self._scores: dict[str, Score] = {}
+        self._device = torch.device("cpu")
+
+    def bind(self, scores: Mapping[str, Score]) -> Self:
+        names = tuple(self.maps) or self.members
+        missing = [name for name in names if name not in scores]
+        if missing:
+            raise ScoreError(f"{self.name} is made of {', '.join(names)}; fit {', '.join(missing)} too")
+        self._scores = {name: scores[name] for name in names}
+        return self
+
+    def tune(self, outputs: Outputs, labels: Tensor) -> Self:
+        self.maps = {
+            name: NormalMap.fit(score.score(outputs).cpu().numpy()).to(self._device)
+            for name, score in self._scores.items()
+        }
+        return self
+
+    def combine(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The fused score, float64 [N], from the members' scores float64 [N]; ScoreError before `tune`."""
+        if not self.maps:
+            raise ScoreError(f"{self.name} needs a tune split: in-distribution images that nothing else was fitted on")
+        return torch.stack([self.maps[name](values[name]) for name in self.maps]).mean(dim=0)
+
+    def _score(self, outputs: Outputs) -> Tensor:
+        return self.combine({name: score.score(outputs) for name, score in self._scores.items()})
+
+    def _attach(self, backbone: Backbone) -> None:
+        self._device = backbone.device
+
+    def state(self) -> State:
+        return {
+            f"{index}.{name}.{key}": value
+            for index, (name, member) in enumerate(self.maps.items())
+            for key, value in member.state().items()
+        }
+
+    @classmethod
+    def from_state(cls, state: State, backbone: Backbone) -> Self:
+        score = cls(FitOptions(num_classes=backbone.num_classes))
+        score._attach(backbone)
+        names = sorted({(int(key.split(".")[0]), key.split(".")[1]) for key in state})
+        score.maps = {
+            name: NormalMap(*(state[f"{index}.{name}.{key}"] for key in ("scores", "normal", "slopes"))).to(
+                backbone.device
+            )
+            for index, name in names
+        }
+        return score
+
+
+def _tails(distinct: int) -> tuple[slice, slice]:
+    size = max(2, round(TAIL * distinct))
+    return slice(0, size), slice(max(0, distinct - size), distinct)
+
+
+def _slope(scores: NDArray[np.float64], normal: NDArray[np.float64], part: slice) -> float:
+    rise, run = np.ptp(normal[part]), np.ptp(scores[part])
+    return float(rise / run) if rise > 0 and run > 0 else 1.0
