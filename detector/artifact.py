@@ -65,6 +65,7 @@ class FitRecord(_Record):
     bank_size: int | None
     mixup_images: int
     mixup_coefficient: float
+    generator: str = "mixup"
 
 
 class Manifest(_Record):
@@ -95,9 +96,7 @@ class Manifest(_Record):
 
     def digest(self) -> str:
         """SHA-256 over everything that influences a verdict: not the report, nor when the directory was written."""
-        content = self.model_dump(mode="json", exclude={"report", "created", "model_digest"})
-        content["files"].pop(REPORT, None)
-        return "sha256:" + hashlib.sha256(_canonical(content)).hexdigest()
+        return _model_digest(self.model_dump(mode="json"))
 
 
 @dataclass
@@ -202,12 +201,14 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.is_file():
         raise ArtifactNotFound(f"{directory} holds no {MANIFEST}; it is no model, or was never completely written")
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ArtifactCorrupt(f"{path} is no manifest of schema 1: {where}: {first['msg']}") from error
-    if manifest.digest() != manifest.model_digest:
+    # Of the file as it stands: a field that a later version adds must not condemn it.
+    if _model_digest(json.loads(content)) != manifest.model_digest:
         raise ArtifactCorrupt(f"{path} differs from its own digest; it was edited after it was written")
     return manifest
 
@@ -268,6 +269,12 @@ def sorted_ids(ids: Tensor) -> Tensor:
     """Ids of a split as the artifact keeps them: int64, ascending, each once."""
     unique: Tensor = torch.unique(ids.to(torch.int64), sorted=True)
     return unique
+
+
+def _model_digest(content: Mapping[str, Any]) -> str:
+    kept = {name: value for name, value in content.items() if name not in ("report", "created", "model_digest")}
+    kept["files"] = {name: digest for name, digest in content["files"].items() if name != REPORT}
+    return "sha256:" + hashlib.sha256(_canonical(kept)).hexdigest()
 
 
 def _report(directory: Path, manifest: Manifest) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from detector.data import Dataset, Subset
 from detector.detector import Detector, calibration_scores
 from detector.features import Collected, Report, collect, silent
 from detector.policy import DOUBT, CalibrationScores, Grouping, Policy, doubt
-from detector.scores import Score
+from detector.scores import Score, score_all
 
 TOLERANCE_IMAGES = 256
 
@@ -75,7 +75,7 @@ class Calibrator:
         tolerance: dict[str, dict[str, float]] = {}
         kept, dropped = torch.zeros(0, dtype=torch.int64), 0
         for precision, backbone in self.backbones.items():
-            collected = collect(backbone, dataset, report=self.report)
+            collected = collect(backbone, dataset, scores=self.fitted, report=self.report)
             kept, dropped = without_overlap(collected.ids, earlier, "calibration")
             once = _independent(collected.ids, kept, None)  # a copy of an image is no further evidence
             dropped += len(kept) - len(once)
@@ -97,12 +97,16 @@ class Calibrator:
         )
 
     def _all_scores(self, collected: Collected) -> dict[str, NDArray[np.float64]]:
-        values = {name: score.score(collected.outputs).cpu().numpy() for name, score in self.fitted.items()}
-        return values | {DOUBT: doubt(collected.outputs.logits).cpu().numpy()}
+        forward = [name for name, score in self.fitted.items() if not score.backward]
+        values = score_all(self.fitted, forward, collected.outputs) | dict(collected.values)
+        values[DOUBT] = doubt(collected.outputs.logits)
+        return {name: value.cpu().numpy() for name, value in values.items()}
 
     def _tolerance(self, backbone: Backbone, dataset: Dataset) -> dict[str, float]:
         """How far a score moves with its batch-mates: four times the largest move between batches of 64, 7 and 1."""
-        views = [self._all_scores(collect(backbone, dataset, batch_size=size)) for size in (64, 7, 1)]
+        views = [
+            self._all_scores(collect(backbone, dataset, scores=self.fitted, batch_size=size)) for size in (64, 7, 1)
+        ]
         return {name: 4 * float(np.ptp([view[name] for view in views], axis=0).max()) for name in self.fitted}
 
     def _measure(self, detector: Detector, test: Dataset | None, groups: Sequence[str] | None) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from typing import Any, Literal
 
 import click
 import numpy as np
+import torch
+from torch import Tensor
 
 from detector import artifact as artifacts, calibrating, fitting
 from detector.backbone import Precision, resolve_device
 from detector.calibration import Guarantee
 from detector.card import card
-from detector.data import Dataset, Subset, open_dataset
+from detector.data import Dataset, Subset, batches, open_dataset
 from detector.detector import Detector
 from detector.errors import ImageError, OodgateError
 from detector.evaluation import OodSet, evaluate as evaluate_detector, table
@@ -29,6 +31,7 @@ from detector.images import Preprocessing
 from detector.networks import load_network, parse_spec
 from detector.policy import Policy, Verdict
 from detector.scores import FitOptions, registry
+from detector.scores.grood import GENERATORS
 
 
 class Commands(click.Group):
@@ -100,6 +103,17 @@ def main() -> None:
 @click.option("--bank-size", default="10000", show_default=True, help="Training gradients kept, or `all`.")
 @click.option("--early-layer", help="Layer the mix-up resumes from.  [layer1 or the like]")
 @click.option("--score", "score_name", default="grood", show_default=True, help="The score that decides.")
+@click.option(
+    "--also", multiple=True, metavar="SCORE", help="Another score to fit beside it, or `all` without a backward pass."
+)
+@click.option(
+    "--ood-prototype",
+    type=click.Choice(GENERATORS),
+    default="mixup",
+    show_default=True,
+    help="What GROOD's is made of.",
+)
+@click.option("--ood-images", type=EXISTING, help="Images for `--ood-prototype images`; the only use of OOD data.")
 @click.option("--per-class", is_flag=True, help="One threshold for each predicted class; needs --tune.")
 @click.option("--precision", "precisions", type=click.Choice(["fp32", "bf16"]), multiple=True, default=("fp32",))
 @click.option("--half-weights", is_flag=True, help="Round the weights to float16 first and store them so.")
@@ -120,6 +134,9 @@ def fit(
     bank_size: str,
     early_layer: str | None,
     score_name: str,
+    also: tuple[str, ...],
+    ood_prototype: str,
+    ood_images: Path | None,
     per_class: bool,
     precisions: tuple[Precision, ...],
     half_weights: bool,
@@ -140,8 +157,6 @@ def fit(
     classes = _class_names(classes_file)
     training = open_dataset(train, prepared, classes=classes)
     names = classes or list(training.classes)
-    if score_name not in registry():
-        raise click.UsageError(f"there is no score {score_name!r}; known: {', '.join(sorted(registry()))}")
     archive = Path(backbone.partition(":")[2]).read_bytes() if spec.kind == "export" else None
     network = fitting.Network(
         module, prepared, tuple(names), spec=None if archive else spec, early=early_layer, archive=archive
@@ -163,7 +178,12 @@ def fit(
             out,
             tune=held_out["tune"],
             test=held_out["test"],
-            options=FitOptions(bank_size=None if bank_size == "all" else int(bank_size)),
+            options=FitOptions(
+                bank_size=None if bank_size == "all" else int(bank_size),
+                generator=ood_prototype,
+                ood_images=None if ood_images is None else _pixels(open_dataset(ood_images, prepared)),
+            ),
+            scores=_scores(also, tuned=tune is not None),
             policy=_policy(Policy(score_name=score_name), target, guarantee, delta, alpha_conf),
             per_class=per_class,
             precisions=precisions,
@@ -321,6 +341,16 @@ def _preprocessing(stated: Preprocessing, flags: dict[str, Any]) -> Preprocessin
     if "crop" in given:
         given["crop"] = (given["crop"], given["crop"])
     return Preprocessing(**(stated.model_dump() | given))
+
+
+def _scores(also: tuple[str, ...], *, tuned: bool) -> list[str]:
+    everything = [name for name in fitting.FORWARD_SCORES if tuned or not registry()[name].tuned]
+    asked = [name for each in also for name in (everything if each == "all" else [each])]
+    return [*fitting.default_scores(tuned=tuned), *asked]
+
+
+def _pixels(dataset: Dataset) -> Tensor:
+    return torch.from_numpy(np.concatenate([batch.images for batch in batches(dataset, 64)]))
 
 
 def _class_names(path: Path | None) -> list[str] | None:

@@ -17,14 +17,19 @@ from detector.backbone import Backbone, Precision
 from detector.calibrating import Calibrator, now
 from detector.calibration import calibration_rank, class_groups, exact, smallest_sample
 from detector.data import Dataset, Subset, batches
-from detector.errors import ArtifactError, CalibrationError, ClassOrderMismatch, DataError
-from detector.features import Collected, Report, collect, fit_scores, silent
+from detector.errors import ArtifactError, CalibrationError, ClassOrderMismatch, DataError, ScoreError
+from detector.features import Collected, Report, collect, fit_scores, silent, tune_scores
 from detector.images import Preprocessing
 from detector.networks import NetworkSpec, export_network
 from detector.policy import Grouping, Policy
-from detector.scores import FitOptions
+from detector.scores import FitOptions, Fusion, registry
 
-DEFAULT_SCORES = ("grood", "grood_norm")
+PUBLISHED = ("grood", "grood_norm")
+# All that need nothing beyond the forward pass, without the product family, whose members the others cover.
+FORWARD_SCORES = tuple(
+    name for name, score in registry().items() if not score.backward and not name.startswith("product_")
+)
+MOST_SHADOWS = 4
 ORDER_CHECK = 1_000  # images looked at before a fit
 
 
@@ -53,7 +58,7 @@ def fit(
     tune: Dataset | None = None,
     test: Dataset | None = None,
     options: FitOptions | None = None,
-    scores: Sequence[str] = DEFAULT_SCORES,
+    scores: Sequence[str] | None = None,
     policy: Policy | None = None,
     per_class: bool = False,
     precisions: Sequence[Precision] = ("fp32",),
@@ -69,10 +74,11 @@ def fit(
         train: labelled images the network was trained on.
         calibration: in-distribution images it was not trained on.
         out: the directory to write, `.../NAME/VERSION`.
-        tune: more such images, for what is chosen before calibration; needed by `per_class`.
+        tune: more such images, for what is chosen before calibration; needed by `per_class` and `fusion`.
         test: more such images, to check the promise on.
         options: bank size and mix-up.
-        scores: names of the registry; the policy's score among them.
+        scores: names of the registry; `default_scores` where none are given. The policy's score and the members of a
+            fusion are added.
         policy: target, guarantee and deciding score.
         per_class: one threshold for each predicted class.
         precisions: in which to calibrate.
@@ -87,10 +93,12 @@ def fit(
 
     Raises:
         ClassOrderMismatch: the labels do not follow the order of the network's outputs.
-        DataError, BackboneError, ScoreError, TooFewSamples, SplitOverlap, ArtifactError
+        ScoreError: an unknown score, one that cannot decide, or one that this network does not allow.
+        DataError, BackboneError, TooFewSamples, SplitOverlap, ArtifactError
     """
     policy = policy or Policy()
-    _refuse_early(out, calibration, tune, policy, per_class=per_class)
+    names = with_members(scores or default_scores(tuned=tune is not None), policy.score_name)
+    _refuse_early(out, calibration, tune, policy, names, per_class=per_class)
     if half_weights:
         round_to_half(network.module)
     export = network.archive
@@ -102,7 +110,16 @@ def fit(
     backbone.check_resume(torch.from_numpy(next(batches(train, 8)).images))
     options = replace(options or FitOptions(), num_classes=backbone.num_classes)
     workdir = out.with_name(f"{out.name}.fit.partial")
-    fitted, fit_ids = fit_scores(scores, backbone, train, options, workdir=workdir, report=report)
+    fitted, fit_ids = fit_scores(names, backbone, train, options, workdir=workdir, report=report)
+    splits = {"fit": sorted_ids(fit_ids)}
+    grouping = Grouping.single(backbone.num_classes)
+    if tune is not None:
+        tuned = collect(backbone, tune, report=report)
+        tuned = tuned[without_overlap(tuned.ids, splits, "tune")[0]]
+        splits["tune"] = sorted_ids(tuned.ids)
+        tune_scores(fitted, tuned)
+        if per_class:
+            grouping = _groups(policy, class_names, tuned)
     artifact = Artifact(
         manifest=Manifest(
             name=out.parent.name,
@@ -113,33 +130,44 @@ def fit(
             early=backbone.early,
             preprocessing=network.preprocessing,
             class_names=class_names,
-            scores=tuple(scores),
-            shadow_scores=tuple(name for name in scores if name != policy.score_name),
+            scores=names,
+            shadow_scores=_shadows(names, policy.score_name),
             policy=policy,
-            group_of_class=(0,) * backbone.num_classes,
-            group_names=("all",),
+            group_of_class=grouping.of_class,
+            group_names=grouping.names,
             precisions=tuple(precisions),
-            fit=FitRecord(
-                n=len(train),
-                accuracy=accuracy,
-                bank_size=options.bank_size,
-                mixup_images=options.mixup_images,
-                mixup_coefficient=options.mixup_coefficient,
-            ),
+            fit=_record(len(train), accuracy, options),
             calibration=CalibrationRecord(n=0, timestamp=0.0, source=source),
         ),
         weights=None if export else stored_weights(network.module, half=half_weights),
         export=export,
         scores={f"{name}.{key}": value.cpu() for name, score in fitted.items() for key, value in score.state().items()},
-        splits={"fit": sorted_ids(fit_ids)},
+        splits=splits,
     )
-    if tune is not None:
-        _take_tune_split(artifact, collect(backbone, tune, report=report), per_class=per_class)
     written = Calibrator(artifact, backbone, fitted, report).run(calibration, out, source=source, test=test)
     for path in workdir.iterdir():
         path.unlink()
     workdir.rmdir()
     return written
+
+
+def default_scores(*, tuned: bool) -> tuple[str, ...]:
+    """What a fit fits where nothing is asked for: the published GROOD, and `fusion` where there is a tune split."""
+    return (*PUBLISHED, Fusion.name) if tuned else PUBLISHED
+
+
+def with_members(names: Sequence[str], deciding: str) -> tuple[str, ...]:
+    """Names of scores, each once, with the one that decides and with the members of those that are made of others.
+
+    Raises:
+        ScoreError: there is no score of that name.
+    """
+    known = registry()
+    unknown = [name for name in (*names, deciding) if name not in known]
+    if unknown:
+        raise ScoreError(f"there is no score {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    wanted = (*names, deciding)
+    return tuple(dict.fromkeys(one for name in wanted for one in (*known[name].members, name)))
 
 
 def round_to_half(module: nn.Module) -> None:
@@ -209,12 +237,25 @@ def _refuse_mixed_classes(confusion: NDArray[np.int64], class_names: Sequence[st
         )
 
 
-def _refuse_early(out: Path, calibration: Dataset, tune: Dataset | None, policy: Policy, *, per_class: bool) -> None:
+def _refuse_early(
+    out: Path,
+    calibration: Dataset,
+    tune: Dataset | None,
+    policy: Policy,
+    names: Sequence[str],
+    *,
+    per_class: bool,
+) -> None:
     """What would make a fit fail at its end, found before hours are spent on it."""
     if out.exists():
         raise ArtifactError(f"{out} exists; choose another version")
     if per_class and tune is None:
         raise DataError("thresholds for each class need a tune set: the groups must be fixed before calibration")
+    untuned = [name for name in names if registry()[name].tuned]
+    if untuned and tune is None:
+        raise DataError(f"{', '.join(untuned)} needs a tune set: in-distribution images that nothing else is fitted on")
+    if registry()[policy.score_name].backward:
+        raise ScoreError(f"{policy.score_name} runs a backward pass and cannot decide; fit it beside another score")
     alpha, alpha_conf = 1 - exact(policy.target_id_acceptance), exact(policy.alpha_conf)
     if alpha_conf >= alpha:
         raise CalibrationError(
@@ -234,20 +275,29 @@ def _class_names(network: Network, backbone: Backbone) -> tuple[str, ...]:
     return names
 
 
-def _take_tune_split(artifact: Artifact, tuned: Collected, *, per_class: bool) -> None:
-    kept, _ = without_overlap(tuned.ids, artifact.splits, "tune")
-    artifact.splits["tune"] = sorted_ids(tuned.ids[kept])
-    if per_class:
-        artifact.manifest = _grouped(artifact.manifest, tuned[kept])
+def _shadows(names: Sequence[str], deciding: str) -> tuple[str, ...]:
+    """The fusion's members where it decides, else the fusion and others, four at most."""
+    if deciding == Fusion.name:
+        return Fusion.members
+    others = [name for name in names if name != deciding and not registry()[name].backward]
+    return tuple(sorted(others, key=lambda name: name != Fusion.name)[:MOST_SHADOWS])
 
 
-def _grouped(manifest: Manifest, tuned: Collected) -> Manifest:
-    policy = manifest.policy
+def _record(images: int, accuracy: float, options: FitOptions) -> FitRecord:
+    return FitRecord(
+        n=images,
+        accuracy=accuracy,
+        bank_size=options.bank_size,
+        mixup_images=options.mixup_images,
+        mixup_coefficient=options.mixup_coefficient,
+        generator=options.generator,
+    )
+
+
+def _groups(policy: Policy, class_names: Sequence[str], tuned: Collected) -> Grouping:
     alpha = 1 - exact(policy.target_id_acceptance)
     # Sized for the worst case, every class a group of its own; twice over, because calibration counts vary.
-    delta = policy.guarantee.delta / len(manifest.class_names)
+    delta = policy.guarantee.delta / len(class_names)
     minimum = 2 * smallest_sample(alpha, policy.guarantee.model_copy(update={"delta": delta}))
     predicted = tuned.outputs.logits.argmax(1).cpu().numpy()
-    of_class = class_groups(predicted, len(manifest.class_names), minimum)
-    grouping = Grouping.by_class(of_class, manifest.class_names)
-    return manifest.model_copy(update={"group_of_class": grouping.of_class, "group_names": grouping.names})
+    return Grouping.by_class(class_groups(predicted, len(class_names), minimum), class_names)

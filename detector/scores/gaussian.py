@@ -16,6 +16,7 @@ from detector.scores.base import Gatherer, Score, State, register
 from detector.scores.gather import ClassSums, Features, Scatter
 from detector.scores.logit import energy
 
+SMALLEST_SINGULAR = 1e-5  # of W, relative to the largest; weight decay leaves the mean of its rows near zero
 SMALLEST_EIGENVALUE = 1e-7  # relative to the largest; float32 features carry no direction below it
 
 
@@ -102,7 +103,7 @@ class Vim(Score):
 
     def _fit(self, backbone: Backbone) -> State:
         weight, bias = backbone.weight.double().cpu(), backbone.bias.double().cpu()
-        origin = -torch.linalg.pinv(weight) @ bias
+        origin = -torch.linalg.pinv(weight, rtol=SMALLEST_SINGULAR) @ bias
         _, vectors = torch.linalg.eigh(self.got(Scatter).about(self.got(ClassSums), origin))
         size = len(origin)
         kept = 1000 if size >= 2048 else 512 if size >= 768 else size // 2

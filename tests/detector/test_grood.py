@@ -16,6 +16,7 @@ from detector.features import collect
 from detector.images import image_ids
 from detector.networks import CIFAR_PREPROCESSING
 from detector.scores import FitOptions, Grood, GroodNorm
+from detector.scores.gather import ClassSums, EarlyMaps
 from detector.scores.grood import grood_gradient
 from detector.scores.reservoir import Reservoir
 from tests.helpers import TOY_CLASSES, toy_images, toy_network
@@ -208,16 +209,20 @@ def test_prototypes_of_merged_shards_agree_to_ten_digits_in_float64(seen: tuple[
     one = Grood(OPTIONS).partial_fit(outputs, labels)
     two = Grood(OPTIONS).partial_fit(outputs[:170], labels[:170])
     two.merge(Grood(OPTIONS).partial_fit(outputs[170:], labels[170:]))
-    whole, merged = one.progress(), two.progress()
-    assert whole.keys() == merged.keys()
-    for name in whole:
-        assert torch.allclose(whole[name].double(), merged[name].double(), rtol=1e-10, atol=1e-10), name
+    for kind in (ClassSums, EarlyMaps):
+        whole, merged = one.got(kind).progress(), two.got(kind).progress()
+        assert whole.keys() == merged.keys()
+        for name in whole:
+            assert torch.allclose(whole[name].double(), merged[name].double(), rtol=1e-10, atol=1e-10), name
 
 
 def test_progress_restores_to_the_same_fit(backbone: Backbone, seen: tuple[Outputs, Tensor]) -> None:
     outputs, labels = seen
     first = Grood(OPTIONS).partial_fit(outputs[:150], labels[:150])
-    resumed = Grood(OPTIONS).restore(first.progress()).partial_fit(outputs[150:], labels[150:]).finalize(backbone)
+    resumed = Grood(OPTIONS)
+    for kind, gatherer in resumed.gathered.items():
+        gatherer.restore(first.gathered[kind].progress())
+    resumed.partial_fit(outputs[150:], labels[150:]).finalize(backbone)
     straight = Grood(OPTIONS).partial_fit(outputs[:150], labels[:150]).partial_fit(outputs[150:], labels[150:])
     expected = straight.finalize(backbone).state()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.state().items())
