@@ -9,6 +9,7 @@ from typing import Any
 import click
 import uvicorn
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from service import logs
 from service.app import create_app
@@ -26,8 +27,7 @@ def serve(**flags: Any) -> None:
     try:
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        wrong = "; ".join(f"OODGATE_{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors())
-        raise click.UsageError(wrong) from error
+        raise click.UsageError("; ".join(map(_told, error.errors()))) from error
     logs.configure(settings.log_level)
     config = uvicorn.Config(
         create_app(settings),
@@ -42,3 +42,8 @@ def serve(**flags: Any) -> None:
     server.run()
     if not server.started:
         raise SystemExit(3)
+
+
+def _told(error: ErrorDetails) -> str:
+    message = error["msg"].removeprefix("Value error, ")
+    return f"OODGATE_{'.'.join(map(str, error['loc'])).upper()}: {message}" if error["loc"] else message

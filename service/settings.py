@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from detector.images import DEFAULT_MAX_BYTES, DEFAULT_MAX_PIXELS, Limits
@@ -53,6 +53,15 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="Level of the JSON log."
     )
+
+    @model_validator(mode="after")
+    def _a_full_request_fits_the_queue(self) -> Self:
+        if self.queue_capacity < self.max_images:
+            raise ValueError(
+                f"OODGATE_QUEUE_CAPACITY is {self.queue_capacity}: a request of OODGATE_MAX_IMAGES = {self.max_images} "
+                "images could never be admitted. Raise the first or lower the second"
+            )
+        return self
 
     @property
     def limits(self) -> Limits:

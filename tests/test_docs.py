@@ -61,7 +61,9 @@ def test_every_endpoint_is_documented_and_no_other() -> None:
 
 @pytest.mark.parametrize("name", sorted(registry()))
 def test_every_score_is_documented(name: str) -> None:
-    assert f"## `{name}`" in (ROOT / "docs" / "methods.md").read_text()
+    headings = [line for line in (ROOT / "docs" / "methods.md").read_text().splitlines() if line.startswith("## ")]
+    family = "product_V_U" if name.startswith("product_") else name
+    assert any(f"`{family}`" in heading for heading in headings)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -119,6 +119,11 @@ def test_settings_come_from_the_environment_and_are_checked(monkeypatch: pytest.
         Settings()
 
 
+def test_a_queue_that_no_full_request_fits_is_refused() -> None:
+    with pytest.raises(ValidationError, match="OODGATE_QUEUE_CAPACITY is 8"):
+        Settings(queue_capacity=8, max_images=9)
+
+
 def test_a_wrong_setting_is_one_clear_line_at_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OODGATE_PORT", "many")
     result = CliRunner().invoke(main, ["serve"])

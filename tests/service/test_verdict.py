@@ -141,8 +141,9 @@ def test_a_request_id_is_echoed_if_it_is_sane(client: httpx.Client, given: str, 
 
 
 def test_a_full_queue_answers_429_with_retry_after(toy_models: Path) -> None:
-    with serving(Settings(models=toy_models, queue_capacity=2)) as running:
-        response = form(running.client, GOOD, GOOD, GOOD)
+    with serving(Settings(models=toy_models, queue_capacity=2, max_images=2)) as running:
+        with running.context.engine.admit(1):  # another request's image, still under way
+            response = form(running.client, GOOD, GOOD)
         assert_problem(response, 429, "queue_full")
         assert int(response.headers["retry-after"]) >= 1
         assert running.metric("oodgate_requests_rejected_total", reason="queue_full") == 1
