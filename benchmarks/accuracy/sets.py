@@ -17,6 +17,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,7 @@ def _parts(held_out: Dataset) -> dict[str, Indices]:
     ids = np.concatenate([image_ids(held_out.read(index)[None]) for index in range(len(held_out))])
     order = np.argsort(ids, kind="stable")
     bounds = np.round(np.cumsum([0.0, *SHARES.values()]) * len(order)).astype(int)
-    return dict(zip(SHARES, (order[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)), strict=True))
+    return dict(zip(SHARES, (order[start:stop] for start, stop in pairwise(bounds)), strict=True))
 
 
 def _spread(dataset: Dataset, limit: int | None) -> Dataset:

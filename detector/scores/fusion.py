@@ -93,7 +93,7 @@ class Fusion(Score):
 
     name: ClassVar[str] = "fusion"
     tuned: ClassVar[bool] = True
-    members: ClassVar[tuple[str, ...]] = ("gen", "knn", "fdbd", "grood", "grood_margin_w", "rg", "vim")
+    members: ClassVar[tuple[str, ...]] = ("knn", "fdbd", "nci", "grood", "grood_w", "grood_margin_w", "vim")
 
     def __init__(self, options: FitOptions) -> None:
         super().__init__(options)

@@ -30,8 +30,9 @@ CHUNK_CELLS = 2**22  # queries x bank rows held at a time
 SAFE_NORM = 1e-30  # a float32 gradient this short still has its direction
 GENERATORS = ("mixup", "noise", "prototype_mean", "images")
 OUR_MIXUP = 0.8  # lambda of our own forms
-DEFAULT_SHRINKAGE = 0.1
+DEFAULT_SHRINKAGE, DEFAULT_TEMPERATURE = 0.1, 0.5
 SHRINKAGES = tuple(10 ** (exponent / 4) for exponent in range(-16, 1))
+TEMPERATURES = tuple(2 ** (exponent / 4) for exponent in range(-24, 9))
 
 
 def grood_gradient(features: Tensor, prototypes: Tensor, ood_prototype: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,11 +48,15 @@ def grood_gradient(features: Tensor, prototypes: Tensor, ood_prototype: Tensor) 
     """
     h, q = features.double(), ood_prototype.double()
     anchors = torch.vstack([prototypes.double(), q])
-    # The matrix-product shortcut of cdist loses the digits that near-zero gradients live on.
-    distances = torch.cdist(h, anchors, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = exact_distances(h, anchors)
     log_pi = torch.log_softmax(-distances, dim=1)[:, -1]
     direction = (h - q) / distances[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
     return direction, log_pi
+
+
+def exact_distances(rows: Tensor, anchors: Tensor) -> Tensor:
+    """Euclidean distances [N, A]; the matrix-product shortcut loses the digits that near-zero gradients live on."""
+    return torch.cdist(rows, anchors, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def gradient_bank(features: Tensor, prototypes: Tensor, ood_prototype: Tensor) -> Tensor:
@@ -98,8 +103,9 @@ class GroodFamily(Score):
 class Whitened(GroodFamily):
     """A form of GROOD in the features whitened by their covariance within classes: h A, A A^T = S^-1.
 
-    S = (1 - s) S_within + s trace(S_within) / D I. The shrinkage s makes held-out images likeliest: the Gaussian
-    likelihood of the tune split around the class prototypes; without a tune split it is 0.1.
+    S = (1 - s) S_within + s trace(S_within) / D I. Both constants are the likeliest for the tune split: the shrinkage s
+    for its features under Gaussians around the class prototypes, then the temperature T, which divides all distances
+    and so A, for its labels under the softmax of -||h - p_k|| / T. Without a tune split they are 0.1 and 0.5.
     """
 
     gathers: ClassVar[tuple[type[Gatherer], ...]] = (ClassSums, EarlyMaps, Scatter)
@@ -107,27 +113,43 @@ class Whitened(GroodFamily):
 
     def tune(self, outputs: Outputs, labels: Tensor) -> Self:
         labels = torch.where(labels < 0, outputs.logits.argmax(dim=1).cpu(), labels)
-        residual = outputs.penultimate.double().cpu() - self._raw_prototypes[labels]
-        projected = (residual @ self._axes).square().mean(dim=0)
-        scaled = [self._spread(share) for share in SHRINKAGES]
-        likelihood = [-float((projected / values + values.log()).sum()) for values in scaled]
-        best = SHRINKAGES[max(range(len(SHRINKAGES)), key=likelihood.__getitem__)]
-        return self._take(self._state(best), self._backbone)
+        features = outputs.penultimate.double().cpu()
+        share = self._likeliest_shrinkage(features, labels)
+        temperature = self._likeliest_temperature(features, labels, share)
+        return self._take(self._state(share, temperature), self._backbone)
+
+    def _likeliest_shrinkage(self, features: Tensor, labels: Tensor) -> float:
+        projected = ((features - self._raw_prototypes[labels]) @ self._axes).square().mean(dim=0)
+
+        def loss(share: float) -> float:
+            variances = self._spread(share)
+            return float((projected / variances + variances.log()).sum())
+
+        return min(SHRINKAGES, key=loss)
+
+    def _likeliest_temperature(self, features: Tensor, labels: Tensor, share: float) -> float:
+        transform = self._axes / self._spread(share).sqrt()
+        distances = exact_distances(features @ transform, self._raw_prototypes @ transform)
+
+        def loss(temperature: float) -> float:
+            return float(torch.nn.functional.cross_entropy(-distances / temperature, labels))
+
+        return min(TEMPERATURES, key=loss)
 
     def _fit(self, backbone: Backbone) -> State:
         within = self.got(Scatter).within_classes(self.got(ClassSums))
         self._variances, self._axes = torch.linalg.eigh(within)
         self._raw_prototypes, self._raw_ood_prototype = self._prototypes(backbone)
         self._backbone = backbone
-        return self._state(DEFAULT_SHRINKAGE)
+        return self._state(DEFAULT_SHRINKAGE, DEFAULT_TEMPERATURE)
 
     def _spread(self, share: float) -> Tensor:
         mean = self._variances.mean().clamp_min(torch.finfo(torch.float32).tiny)
         spread: Tensor = (1 - share) * self._variances.clamp_min(0) + share * mean
         return spread
 
-    def _state(self, share: float) -> State:
-        transform = (self._axes / self._spread(share).sqrt()).float()
+    def _state(self, share: float, temperature: float) -> State:
+        transform = (self._axes / self._spread(share).sqrt() / temperature).float()
         return {
             "prototypes": (self._raw_prototypes @ transform.double()).float(),
             "ood_prototype": (self._raw_ood_prototype @ transform.double()).float(),
@@ -215,8 +237,8 @@ class GroodW(Whitened, Grood):
     tensors: ClassVar[tuple[str, ...]] = ("prototypes", "ood_prototype", "whitening", "bank")
     mixup_coefficient: ClassVar[float | None] = OUR_MIXUP
 
-    def _state(self, share: float) -> State:
-        state = super()._state(share)
+    def _state(self, share: float, temperature: float) -> State:
+        state = super()._state(share, temperature)
         features = self.got(CorrectFeatures).features().double() @ state["whitening"].double()
         return state | {"bank": gradient_bank(features, state["prototypes"], state["ood_prototype"])}
 
@@ -252,8 +274,7 @@ class GroodMargin(GroodNorm):
 
     def _score(self, outputs: Outputs) -> Tensor:
         h = self._compared(outputs.penultimate)
-        anchors = torch.vstack([self.prototypes, self.ood_prototype]).double()
-        distances = torch.cdist(h, anchors, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = exact_distances(h, torch.vstack([self.prototypes, self.ood_prototype]).double())
         return distances[:, :-1].amin(dim=1) - distances[:, -1]
 
 

@@ -396,7 +396,7 @@ def whitener(case: Case) -> np.ndarray:
     within = residual.T @ residual / len(residual)
     shrunk = 0.9 * within + 0.1 * np.trace(within) / len(within) * np.eye(len(within))
     values, vectors = np.linalg.eigh(shrunk)
-    transform: np.ndarray = vectors / np.sqrt(values)
+    transform: np.ndarray = vectors / np.sqrt(values) / 0.5
     return transform
 
 
@@ -520,9 +520,24 @@ def test_the_shrinkage_is_the_one_that_makes_held_out_images_likeliest() -> None
     best = max((10 ** (e / 4) for e in range(-16, 1)), key=likelihood)
     shrunk = (1 - best) * covariance + best * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
     found = score.state()["whitening"].double().numpy()
+    found = found / np.linalg.norm(found) * np.sqrt(np.trace(np.linalg.inv(shrunk)))  # without the temperature
     assert np.allclose(found @ found.T, np.linalg.inv(shrunk), rtol=1e-4, atol=1e-6)
     assert best != 0.1
     assert not torch.equal(before, score.state()["whitening"])
+
+
+def test_the_temperature_is_the_one_that_makes_held_out_labels_likeliest() -> None:
+    case = Case(4, 16)
+    generator = torch.Generator().manual_seed(9)
+    held_out = case.outputs(case.h + torch.randn(case.h.shape, generator=generator))
+    score = case.fit("grood_w").tune(held_out, case.labels)
+    a = score.state()["whitening"].double().numpy()
+    d = distances_to(held_out.penultimate.double().numpy() @ a, class_means(case) @ a)
+
+    def loss(factor: float) -> float:
+        return -float(np.log(softmax(-d / factor)[np.arange(len(d)), case.labels.numpy()]).mean())
+
+    assert loss(1.0) <= min(loss(2**0.25), loss(2**-0.25))
 
 
 # --- fusion ---------------------------------------------------------------------------------------------------------

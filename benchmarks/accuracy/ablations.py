@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GROOD taken apart: one part away at a time, plain and whitened, and its early layer, mix-up coefficient and bank.
+
+    python -m benchmarks.accuracy.ablations --network resnet20
+
+Writes benchmarks/accuracy/results/ablations-NETWORK.json. Ablations describe; they do not select.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy import networks
+from benchmarks.accuracy.features import LAYERS, SHARES, Features, features
+from benchmarks.accuracy.fitting import fitted, group_means
+from detector.backbone import Backbone
+from detector.evaluation import auroc
+from detector.scores.grood import Whitened, exact_distances
+from detector.scores.nearest import NEIGHBOURS, unit_rows
+
+RESULTS = Path("benchmarks/accuracy/results")
+BANKS = (100, 300, 1_000, 3_000, 10_000, 20_000)
+Row = dict[str, float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="GROOD taken apart.")
+    parser.add_argument("--network", choices=("resnet20", "resnet56"), required=True)
+    name = parser.parse_args().network
+    table = ablate(features(name), networks.load(name))
+    (RESULTS / f"ablations-{name}.json").write_text(json.dumps({"network": name, "rows": table}, indent=1) + "\n")
+    for row, means in table.items():
+        print(f"{row:60} {means['near']:.2%} {means['far']:.2%}")
+
+
+def ablate(known: Features, backbone: Backbone) -> dict[str, Row]:
+    """Near and far AUROC of each variant, by its description."""
+    forms = ("grood", "grood_norm", "grood_margin", "grood_w", "grood_margin_w", "mds", "rmds", "knn")
+    names = {
+        "grood": "plain: 1-NN (`grood`)",
+        "grood_norm": "plain: norm (`grood_norm`)",
+        "grood_margin": "plain: margin (`grood_margin`)",
+        "grood_w": "whitened: 1-NN (`grood_w`)",
+        "grood_margin_w": "whitened: margin (`grood_margin_w`)",
+        "mds": "plain: Mahalanobis (`mds`)",
+        "rmds": "plain: relative Mahalanobis (`rmds`)",
+        "knn": "plain: KNN (`knn`)",
+    }
+    table = {names[name]: row for name, row in _means(known, backbone, forms).items()}
+    table |= _without_ood_prototype(known, backbone)
+    for name, row in _means(known, backbone, ("grood", "grood_margin", "grood_w", "grood_margin_w"), "mean").items():
+        table[f"`{name}`, q = mean of the class prototypes"] = row
+    for layer in LAYERS:
+        for share in SHARES:
+            scores = fitted(("grood", "grood_w", "grood_margin_w"), known, backbone, layer=layer, share=share)
+            for name, row in group_means(scores, known).items():
+                table[f"`{name}`, mix-up at {layer}, coefficient {share}"] = _rates(row)
+    for size in BANKS:
+        for name, row in group_means(fitted(("grood", "grood_w"), known, backbone, bank_size=size), known).items():
+            table[f"`{name}`, bank of {size:,}"] = _rates(row)
+    return table
+
+
+def _means(known: Features, backbone: Backbone, names: tuple[str, ...], q: str = "mixup") -> dict[str, Row]:
+    generator = "prototype_mean" if q == "mean" else q
+    scores = fitted(names, known, backbone, generator=generator)
+    return {name: _rates(row) for name, row in group_means(scores, known).items()}
+
+
+def _rates(row: Mapping[str, float]) -> Row:
+    return {group: row[group] for group in ("near", "far")}
+
+
+def _without_ood_prototype(known: Features, backbone: Backbone) -> dict[str, Row]:
+    """The prototypes alone: their softmax, and the distance to the nearest; and KNN in the whitened space."""
+    score = fitted(("grood_margin_w",), known, backbone)["grood_margin_w"]
+    plain = fitted(("grood_margin",), known, backbone)["grood_margin"]
+    assert isinstance(score, Whitened)
+    transform = score.whitening.double()
+    centred = known.sets["train"].double().mean(dim=0)
+    bank = unit_rows((known.sets["train"].double() - centred) @ transform)[::2]
+
+    def distances(h: Tensor) -> Tensor:
+        return exact_distances(h.double() @ transform, score.prototypes.double())
+
+    def raw(h: Tensor) -> Tensor:
+        return exact_distances(h.double(), plain.state()["prototypes"].double())
+
+    def knn(h: Tensor) -> Tensor:
+        queries = unit_rows((h.double() - centred) @ transform)
+        return -(queries @ bank.T).topk(NEIGHBOURS, dim=1).values[:, -1]
+
+    variants: dict[str, Callable[[Tensor], Tensor]] = {
+        "plain: prototype softmax without q": lambda h: -torch.softmax(-raw(h), dim=1).amax(dim=1),
+        "whitened: prototype softmax without q": lambda h: -torch.softmax(-distances(h), dim=1).amax(dim=1),
+        "plain: distance to the nearest prototype": lambda h: raw(h).amin(dim=1),
+        "whitened: distance to the nearest prototype": lambda h: distances(h).amin(dim=1),
+        "whitened: KNN on centred, normalised features": knn,
+    }
+    return {name: _measured(variant, known) for name, variant in variants.items()}
+
+
+def _measured(variant: Callable[[Tensor], Tensor], known: Features) -> Row:
+    inside = variant(known.sets["test"]).numpy()
+    by_set = {name: auroc(inside, variant(known.sets[name]).numpy()) for name in known.groups}
+    return {group: float(np.mean([by_set[name] for name in known.of_group(group)])) for group in ("near", "far")}
+
+
+if __name__ == "__main__":
+    main()

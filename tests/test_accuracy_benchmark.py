@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accuracy benchmarks: published networks and their sets, another library's scores, the ImageNet protocol."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from scipy.stats import binom
+from torch import nn
+from torchvision.models import resnet18
+
+from benchmarks import datasets
+from benchmarks.accuracy import compare, networks, rivals, sets
+from benchmarks.imagenet import __main__ as imagenet, protocol
+from detector.backbone import Backbone
+from detector.data import ArrayDataset, Dataset, Subset, batches, open_dataset
+from detector.errors import DataError
+from detector.evaluation import auroc
+from detector.features import collect
+from detector.images import Preprocessing
+from detector.networks import CIFAR_PREPROCESSING, IMAGENET_PREPROCESSING
+from tests.helpers import TOY_CLASSES, photo, toy_images
+
+SEPARATING = ("mds", "knn", "vim", "nnguide", "gmm", "energy", "msp")  # these must flag features that fit no class
+
+
+@cache
+def small_set(name: str) -> tuple[np.ndarray, np.ndarray]:
+    return datasets.load(name)
+
+
+def known_images(known: str, preprocessing: Preprocessing, images: int, start: int = 0) -> Dataset:
+    if known == "imagenet":
+        return Subset(sets.photos(sets.PHOTO_TEST, preprocessing), np.arange(start, start + images))
+    pixels, labels = small_set(f"{known}-test")
+    return ArrayDataset(pixels[start : start + images], labels[start : start + images], preprocessing)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [
+        ("resnet20", 200),
+        ("resnet56", 200),
+        ("densenet_cifar10", 100),
+        ("densenet_cifar100", 100),
+        ("mobilenet_v2", 50),
+    ],
+)
+def test_a_published_network_gets_as_many_images_right_as_was_measured(name: str, images: int) -> None:
+    if not networks.available(name):
+        pytest.skip(f"the weights of {name} are not there")
+    published, backbone = networks.NETWORKS[name], networks.load(name)
+    dataset = known_images(published.known, backbone.preprocessing, images)
+    low, high = binom.ppf([0.0005, 0.9995], images, published.accuracy) / images
+    assert low <= collect(backbone, dataset).accuracy() <= high
+    backbone.check_resume(torch.from_numpy(next(batches(dataset, 4)).images))
+
+
+def test_every_network_is_tested() -> None:
+    (mark,) = (
+        mark
+        for mark in test_a_published_network_gets_as_many_images_right_as_was_measured.pytestmark  # type: ignore[attr-defined]
+        if mark.name == "parametrize"
+    )
+    assert {name for name, _ in mark.args[1]} == set(networks.NETWORKS)
+
+
+def test_the_parts_of_the_test_images_share_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load", lambda name: toy_images(200, seed=len(name)))
+    found = sets.load_sets("cifar10", CIFAR_PREPROCESSING, train=40, limit=70)
+    parts = {"tune": found.tune, "calibration": found.calibration, "test": found.test}
+    assert {name: len(part) for name, part in parts.items()} == {"tune": 40, "calibration": 60, "test": 70}
+    pixels = [part.read(index).tobytes() for part in parts.values() for index in range(len(part))]
+    assert len(set(pixels)) == 170
+    assert np.bincount(found.train.labels).tolist() == [10] * 4
+    assert set(found.near) == {"cifar100-test", "tinyimagenet"}
+    assert "cifar10-test" in sets.load_sets("cifar100", CIFAR_PREPROCESSING).near
+
+
+def test_a_balanced_sample_takes_all_of_a_small_class() -> None:
+    labels = np.repeat([0, 1, 2], [2, 50, 9])
+    chosen = sets.balanced(labels, 15)
+    assert np.bincount(labels[chosen]).tolist() == [2, 5, 5]
+    assert np.array_equal(chosen, sets.balanced(labels, 15))
+    assert np.all(np.diff(chosen) > 0)
+
+
+def features(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Non-negative features of three classes, a linear layer that tells them apart, and features of no class."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.eye(3, 12)
+    labels = torch.arange(300) % 3
+    train = 6 * weight[labels] + torch.rand(300, 12, generator=generator)
+    known = 6 * weight[torch.arange(90) % 3] + torch.rand(90, 12, generator=generator)
+    ood = torch.rand(80, 12, generator=generator) * torch.tensor([1.0] * 3 + [4.0] * 9)
+    return {"train": train, "labels": labels, "weight": weight, "bias": torch.zeros(3), "known": known, "ood": ood}
+
+
+def test_the_rivals_say_how_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_ood.detector", None)
+    with pytest.raises(rivals.RivalsMissing, match=r"oodgate\[rivals\]"):
+        rivals.installed()
+
+
+def test_an_adapter_hands_each_kind_of_detector_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FeatureMapsDetector:
+        pass
+
+    class OfMaps(FeatureMapsDetector):
+        requires_fit = True
+
+        def __init__(self, backbone: nn.Module, head: nn.Module, percentile: float = 0.0) -> None:
+            self.head, self.percentile = head, percentile
+
+        def fit_feature_maps(self, maps: torch.Tensor, labels: torch.Tensor) -> None:
+            self.seen = tuple(maps.shape), len(labels)
+
+        def predict_feature_maps(self, maps: torch.Tensor) -> torch.Tensor:
+            assert self.seen == ((300, 12, 1, 1), 300)
+            assert self.percentile == 0.5
+            logits: torch.Tensor = self.head(maps)
+            return -logits.amax(dim=1)
+
+    monkeypatch.setattr(rivals, "installed", lambda: SimpleNamespace(ReAct=OfMaps))
+    given = features()
+    found = rivals.rival_scores(
+        *(given[key] for key in ("train", "labels", "weight", "bias")),
+        {"known": given["known"]},
+        parameters={"react": {"percentile": 0.5}},
+        names=("react",),
+    )
+    assert found["react"]["known"].dtype == np.float64
+    assert np.allclose(found["react"]["known"], -given["known"][:, :3].amax(dim=1).numpy())
+    with pytest.raises(ValueError, match="no odin on features"):
+        rivals.rival_scores(*(given[key] for key in ("train", "labels", "weight", "bias")), {}, names=("odin",))
+
+
+@pytest.mark.parametrize("parameters", [rivals.ALIGNED, rivals.DEFAULTS], ids=["aligned", "defaults"])
+def test_larger_means_more_ood_in_every_rival(parameters: dict[str, dict[str, object]]) -> None:
+    pytest.importorskip("pytorch_ood")
+    pytest.importorskip("sklearn")
+    given = features()
+    scored = {"known": given["known"], "ood": given["ood"]}
+    fitted_on = (given[key] for key in ("train", "labels", "weight", "bias"))
+    found = rivals.rival_scores(*fitted_on, scored, parameters=parameters)
+    assert set(found) >= {*compare.OURS, *compare.THEIRS_ONLY}
+    for name, values in found.items():
+        assert all(len(values[key]) == len(scored[key]) for key in scored)
+        assert np.isfinite(values["ood"]).all()
+        if name in SEPARATING:
+            assert auroc(values["known"], values["ood"]) > 0.95, name
+
+
+@pytest.mark.data
+def test_ours_and_theirs_rank_real_features_alike() -> None:
+    pytest.importorskip("pytorch_ood")
+    pytest.importorskip("sklearn")
+    backbone = networks.load("resnet20")
+    train, test = (known_images("cifar10", backbone.preprocessing, *part) for part in ((400, 0), (200, 400)))
+    near = known_images("cifar100", backbone.preprocessing, 200)
+    found = sets.Sets(train, test, test, test, near={"cifar100": near}, far={})
+    result = compare.compare(backbone, found, compare.OURS, ("ash",))
+    gaps = {name: result["scores"][name]["near"]["ours_minus_aligned"] for name in compare.OURS}
+    assert max(map(abs, gaps.values())) < 0.01, gaps
+    assert "ours" not in result["scores"]["ash"]["near"]
+    assert "ash" in compare.table(result)
+
+
+def write_images(images: np.ndarray, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for index, pixels in enumerate(images):
+        Image.fromarray(pixels).save(folder / f"{index:04d}.png")
+
+
+@pytest.fixture
+def miniature(tmp_path: Path) -> Path:
+    """ImageNet in four colours, two OOD sets, and a random network whose last layer holds the class means."""
+    for part, count, seed in (("train", 160, 1), ("val", 180, 2)):
+        images, labels = toy_images(count, seed)
+        for label, name in enumerate(TOY_CLASSES):
+            write_images(images[labels == label], tmp_path / "imagenet" / part / name)
+    write_images(np.stack([photo(40, 36, seed) for seed in range(20)]), tmp_path / "ninco" / "some_class")
+    write_images(np.stack([photo(48, 40, seed) for seed in range(50, 80)]), tmp_path / "openimage_o")
+    module = resnet18(num_classes=len(TOY_CLASSES))
+    preprocessing = protocol._sized(IMAGENET_PREPROCESSING, 32)
+    train = open_dataset(tmp_path / "imagenet" / "train", preprocessing)
+    seen = collect(Backbone(module, preprocessing), train)
+    labels = torch.from_numpy(train.labels)
+    means = torch.stack([seen.outputs.penultimate[labels == label].mean(0) for label in range(len(TOY_CLASSES))])
+    with torch.no_grad():
+        module.fc.weight.copy_(2 * means)
+        module.fc.bias.copy_(-means.square().sum(1))
+    save_file(
+        {name: value.contiguous() for name, value in module.state_dict().items()}, tmp_path / "weights.safetensors"
+    )
+    return tmp_path
+
+
+def test_the_imagenet_protocol_runs_from_folders_to_results(
+    miniature: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = sorted((miniature / "imagenet" / "val").rglob("*.png"))[:120]
+    (miniature / "val.txt").write_text("".join(f"val/{path.parent.name}/{path.name} 0\n" for path in held_out))
+    (miniature / "ninco.txt").write_text("".join(f"ninco/some_class/{index:04d}.png -1\n" for index in range(15)))
+    out = miniature / "models" / "miniature" / "1"
+    out.parent.mkdir(parents=True)
+    options = {
+        "--imagenet": "imagenet", "--near": "ninco=ninco", "--far": "openimage_o=openimage_o",
+        "--weights": "weights.safetensors", "--out": "models/miniature/1",
+    }  # fmt: skip
+    located = [
+        part
+        for option, value in options.items()
+        for part in (option, value.replace("=", f"={miniature}/") if "=" in value else str(miniature / value))
+    ]
+    lists = ["--list", f"val={miniature}/val.txt", "--list", f"ninco={miniature}/ninco.txt"]
+    sizes = ["--backbone", "torchvision:resnet18", "--size", "32", "--train-images", "120", "--bank-size", "80"]
+    imagenet.main([*located, *lists, *sizes, "--device", "cpu"])
+    result = json.loads((out.parent / "1-results.json").read_text())
+    assert set(result["scores"]) >= set(protocol.SCORES)
+    assert result["decisions"]["ninco"] == result["decisions"]["ninco"] | {"n": 15, "group": "near"}
+    assert result["decisions"]["openimage_o"]["n"] == 30
+    assert result["id"]["n"] == 60
+    assert result["id"]["accuracy"] > 0.5
+    assert json.loads((out / "report.json").read_text())["id"] == result["id"]
+    assert "## fusion" in capsys.readouterr().out
+
+
+def test_a_list_that_names_an_absent_image_is_refused(miniature: Path) -> None:
+    (miniature / "list.txt").write_text("ninco/some_class/0001.png -1\nninco/some_class/9999.png -1\n")
+    dataset = open_dataset(miniature / "ninco", IMAGENET_PREPROCESSING)
+    with pytest.raises(DataError, match=r"1 images that its set lacks, the first of them some_class/9999\.png"):
+        protocol.listed(dataset, miniature / "list.txt")
+
+
+def test_a_missing_folder_is_named_before_the_fit(miniature: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        imagenet.main(["--imagenet", str(miniature), "--near", "ninco=nowhere", "--out", str(miniature / "out" / "1")])
+    assert "'ninco=nowhere' must be NAME=PATH" in capsys.readouterr().err
