@@ -22,6 +22,7 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.cifar10.report
 	$(BIN)/python -m benchmarks.cifar10.over_http
+	$(BIN)/python -m benchmarks.score_cost
 	$(BIN)/python -m benchmarks.start_up
 	$(BIN)/python -m benchmarks.readme
 

@@ -8,13 +8,14 @@ Resuming from the early layer is a forward hook that replaces its output: one me
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from detector.errors import BackboneError, DataError, NonFiniteFeatures, TapNotFound
 from detector.images import Preprocessing
@@ -187,6 +188,55 @@ class Backbone:
                 return self._penultimate(unused)
             finally:
                 handle.remove()
+
+    def differentiable(self, images: Tensor, layers: Sequence[str] = ()) -> tuple[Outputs, dict[str, Tensor]]:
+        """Run the network so that gradients can be taken: float32 whatever the precision, parameters frozen.
+
+        Args:
+            images: uint8 [N, H, W, 3].
+            layers: paths of modules.
+
+        Returns:
+            logits and penultimate, and by path the outputs of the layers that ran, all of one graph; a layer that runs
+            twice gives its last output.
+
+        Raises:
+            TapNotFound: no layer of that name.
+        """
+        taps: dict[str, Tensor] = {}
+
+        def keep_output(path: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+            def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+                taps[path] = output
+                return output.clone()  # what follows may work in place
+
+            return keep
+
+        def keep_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            taps["penultimate of the head"] = inputs[0]
+
+        with self._one_at_a_time, torch.inference_mode(False), torch.enable_grad():
+            handles = [self._module(path).register_forward_hook(keep_output(path)) for path in layers]
+            handles.append(self._module(self.head).register_forward_pre_hook(keep_input))
+            try:
+                self.module(self._normalised(images).requires_grad_())
+            finally:
+                for handle in handles:
+                    handle.remove()
+            penultimate = taps.pop("penultimate of the head")
+            return Outputs(torch.addmm(self.bias, penultimate, self.weight.T), penultimate), taps
+
+    def functional(self, parameters: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        """Logits float32 [N, C] as a function of parameters, for `torch.func`; those not named keep their values.
+
+        Args:
+            parameters: by their names in the network.
+            images: uint8 [N, H, W, 3].
+        """
+        with self._one_at_a_time:
+            x = self._normalised(images).contiguous()
+            logits: Tensor = functional_call(self.module, dict(parameters), (x,))
+        return logits
 
     def check_resume(self, images: Tensor) -> None:
         """Prove on real images that the network has no path around its early layer.

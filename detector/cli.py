@@ -6,8 +6,6 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -22,11 +20,11 @@ from detector import artifact as artifacts, calibrating, fitting
 from detector.backbone import Precision, resolve_device
 from detector.calibration import Guarantee
 from detector.card import card
+from detector.cli_evaluate import evaluate
+from detector.cli_options import DEVICE, EXISTING, FILE, progress
 from detector.data import Dataset, Subset, batches, open_dataset
 from detector.detector import Detector
 from detector.errors import ImageError, OodgateError
-from detector.evaluation import OodSet, evaluate as evaluate_detector, table
-from detector.features import Report
 from detector.images import Preprocessing
 from detector.networks import load_network, parse_spec
 from detector.policy import Policy, Verdict
@@ -54,9 +52,6 @@ class Commands(click.Group):
             raise click.ClickException(f"{error} [{error.code}]") from error
 
 
-FILE = click.Path(path_type=Path)
-EXISTING = click.Path(path_type=Path, exists=True)
-DEVICE = click.option("--device", default="auto", help="cpu, cuda, cuda:N or auto.")
 OPEN_SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 TARGET = click.option(
     "--target", type=OPEN_SHARE, default=None, help="Share of in-distribution images to accept.  [0.95]"
@@ -84,6 +79,9 @@ def main() -> None:
     """Tells, image by image, whether a vision model may be trusted on this input."""
 
 
+main.add_command(evaluate)
+
+
 @main.command()
 @click.argument("train", type=EXISTING)
 @click.option("--calibration", type=EXISTING, required=True, help="Images the network was NOT trained on.")
@@ -102,7 +100,7 @@ def main() -> None:
 @click.option("--interpolation", type=click.Choice(["bilinear", "bicubic", "nearest"]))
 @click.option("--bank-size", default="10000", show_default=True, help="Training gradients kept, or `all`.")
 @click.option("--early-layer", help="Layer the mix-up resumes from.  [layer1 or the like]")
-@click.option("--score", "score_name", default="grood", show_default=True, help="The score that decides.")
+@click.option("--score", "score_name", help="The score that decides.  [fusion with --tune, else grood]")
 @click.option(
     "--also", multiple=True, metavar="SCORE", help="Another score to fit beside it, or `all` without a backward pass."
 )
@@ -133,7 +131,7 @@ def fit(
     out: Path,
     bank_size: str,
     early_layer: str | None,
-    score_name: str,
+    score_name: str | None,
     also: tuple[str, ...],
     ood_prototype: str,
     ood_images: Path | None,
@@ -170,7 +168,7 @@ def fit(
     if bank_size != "all" and not (bank_size.isdigit() and int(bank_size)):
         raise click.UsageError(f"--bank-size {bank_size!r} must be a number above 0, or `all`")
     total = len(training) + sum(len(part) for part in held_out.values() if part is not None)
-    with _progress(total, "fitting") as report:
+    with progress(total, "fitting") as report:
         manifest = fitting.fit(
             network,
             training,
@@ -184,7 +182,13 @@ def fit(
                 ood_images=None if ood_images is None else _pixels(open_dataset(ood_images, prepared)),
             ),
             scores=_scores(also, tuned=tune is not None),
-            policy=_policy(Policy(score_name=score_name), target, guarantee, delta, alpha_conf),
+            policy=_policy(
+                Policy(score_name=score_name or fitting.default_decider(tuned=tune is not None)),
+                target,
+                guarantee,
+                delta,
+                alpha_conf,
+            ),
             per_class=per_class,
             precisions=precisions,
             half_weights=half_weights,
@@ -228,7 +232,7 @@ def calibrate(
     dataset = open_dataset(images, manifest.preprocessing, classes=manifest.class_names, labelled=False)
     names = _groups(groups, dataset) if groups else None
     used, checked = _held_out(dataset, names, check_share)
-    with _progress(len(used) * len(manifest.precisions) + len(checked), "calibrating") as report:
+    with progress(len(used) * len(manifest.precisions) + len(checked), "calibrating") as report:
         written = calibrating.calibrate(
             model,
             Subset(dataset, used),
@@ -242,42 +246,6 @@ def calibrate(
             report=report,
         )
     click.echo(card(written))
-
-
-@main.command()
-@click.argument("model", type=EXISTING)
-@click.option("--id", "id_images", type=EXISTING, required=True, help="In-distribution test images of no split.")
-@click.option("--near", multiple=True, metavar="NAME=PATH", help="An OOD set close to the training data.")
-@click.option("--far", multiple=True, metavar="NAME=PATH", help="An OOD set far from the training data.")
-@click.option("--ood", multiple=True, metavar="NAME=PATH", help="An OOD set of no group.")
-@click.option("--json", "as_json", is_flag=True, help="Print the whole report for machines.")
-@click.option("--store/--no-store", default=True, help="Write the report into the model directory.  [store]")
-@DEVICE
-def evaluate(
-    model: Path,
-    id_images: Path,
-    near: tuple[str, ...],
-    far: tuple[str, ...],
-    ood: tuple[str, ...],
-    as_json: bool,
-    store: bool,
-    device: str,
-) -> None:
-    """Measure MODEL on in-distribution test images and named OOD sets."""
-    detector = Detector.load(model, device=device)
-    preprocessing = detector.manifest.preprocessing
-    id_test = open_dataset(id_images, preprocessing, classes=detector.manifest.class_names, labelled=False)
-    sets = {
-        name: OodSet(open_dataset(path, preprocessing), group)
-        for group, values in (("near", near), ("far", far), ("other", ood))
-        for name, path in map(_named_path, values)
-    }
-    total = len(id_test) + sum(len(ood_set.dataset) for ood_set in sets.values())
-    with _progress(total, "evaluating") as report:
-        result = evaluate_detector(detector, id_test, sets, report=report)
-    if store:
-        artifacts.replace_report(model, result, detector.manifest.report | {"id": result["id"]})
-    click.echo(json.dumps(result) if as_json else table(result, detector.manifest.policy.score_name))
 
 
 @main.command()
@@ -380,13 +348,6 @@ def _held_out(dataset: Dataset, groups: list[str] | None, share: float) -> tuple
     return np.flatnonzero(~is_checked), np.flatnonzero(is_checked)
 
 
-def _named_path(text: str) -> tuple[str, Path]:
-    name, equals, path = text.partition("=")
-    if not equals or not Path(path).exists():
-        raise click.UsageError(f"{text!r} must be NAME=PATH, and the path must exist")
-    return name, Path(path)
-
-
 def _next_version(model: Path) -> Path:
     versions = [int(path.name) for path in model.parent.iterdir() if path.name.isdigit()]
     return model.parent / str(max(versions, default=0) + 1)
@@ -394,9 +355,3 @@ def _next_version(model: Path) -> Path:
 
 def _device(name: str) -> str:
     return str(resolve_device(name))
-
-
-@contextmanager
-def _progress(total: int, label: str) -> Iterator[Report]:
-    with click.progressbar(length=total, label=label, file=sys.stderr) as bar:
-        yield bar.update

@@ -1,136 +1,154 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well scores separate in-distribution from OOD images, under both conventions of "FPR at 95 %"."""
+"""One report on a detector: how well its scores separate, what it accepts, what mistakes cost, how long it takes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
-from detector.artifact import without_overlap
 from detector.calibration import clopper_pearson
 from detector.data import Dataset
 from detector.detector import Detector
-from detector.features import Report, collect, silent
+from detector.features import Report, silent
+from detector.measuring import Measured as Measured, OodSet as OodSet, Scored as Scored, failures, measure as measure
+from detector.metrics import (
+    REPLICATES,
+    Scores,
+    augrc,
+    aurc,
+    auroc as auroc,
+    auroc_replicates,
+    histogram,
+    histogram_edges,
+    id_flag_rate_at_ood95 as id_flag_rate_at_ood95,
+    measures as measures,
+    ood_miss_rate_at_id95 as ood_miss_rate_at_id95,
+    percentiles,
+)
+from detector.tables import scores_table as scores_table, summary as summary, table as table
 
-Scores = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class OodSet:
-    """A named OOD data set; group `near`, `far`, or `other` (in no mean)."""
-
-    dataset: Dataset
-    group: str = "other"
-
-
-def auroc(id_scores: Scores, ood_scores: Scores) -> float:
-    """Probability that an OOD image scores above an in-distribution one, ties counting half."""
-    ranks = stats.rankdata(np.concatenate([id_scores, ood_scores]))
-    n_id, n_ood = len(id_scores), len(ood_scores)
-    return float((ranks[n_id:].sum() - n_ood * (n_ood + 1) / 2) / (n_id * n_ood))
-
-
-def ood_miss_rate_at_id95(id_scores: Scores, ood_scores: Scores) -> float:
-    """Share of OOD images accepted where 95 % of in-distribution images are: the FPR95 of most papers."""
-    cut = np.quantile(id_scores, 0.95, method="inverted_cdf")
-    return float(np.mean(ood_scores <= cut))
-
-
-def id_flag_rate_at_ood95(id_scores: Scores, ood_scores: Scores) -> float:
-    """Share of in-distribution images flagged where 95 % of OOD images are: the FPR@95 of OpenOOD."""
-    cut = np.quantile(-ood_scores, 0.95, method="inverted_cdf")
-    return float(np.mean(-id_scores <= cut))
-
-
-def measures(id_scores: Scores, ood_scores: Scores) -> dict[str, float]:
-    """All three, by name."""
-    return {
-        "auroc": auroc(id_scores, ood_scores),
-        "ood_miss_rate_at_id95": ood_miss_rate_at_id95(id_scores, ood_scores),
-        "id_flag_rate_at_ood95": id_flag_rate_at_ood95(id_scores, ood_scores),
-    }
+BINS = 20
+GROUPS = ("near", "far")
 
 
 def evaluate(
-    detector: Detector, id_test: Dataset, ood: Mapping[str, OodSet] | None = None, *, report: Report = silent
+    detector: Detector,
+    id_test: Dataset,
+    ood: Mapping[str, OodSet] | None = None,
+    *,
+    shifted: Mapping[str, Dataset] | None = None,
+    backward: bool = False,
+    replicates: int = REPLICATES,
+    report: Report = silent,
 ) -> dict[str, Any]:
-    """Measure a detector on in-distribution test images and named OOD sets.
+    """Measure a detector on in-distribution test images, named OOD sets, and its own classes under other imaging.
 
     Args:
         detector: a loaded model.
-        id_test: in-distribution images of no split; labelled where accuracy is wanted.
-        ood: OOD sets by name.
+        id_test: in-distribution images of no split; labelled where accuracy, AURC and AUGRC are wanted.
+        ood: OOD sets by name; their labels are not used.
+        shifted: images of the same classes under other imaging, by name; never counted as OOD.
+        backward: include the scores that run a backward pass.
+        replicates: of the bootstrap.
         report: told of images done.
 
     Returns:
-        `id` (n, accuracy, acceptance, acceptance_interval), `decisions` (deferral rate by OOD set) and `scores`:
-        for each score `ood` (measures by set), `near` and `far` (unweighted means). Rates and AUROC in 0-1.
+        as `summarise`.
 
     Raises:
-        SplitOverlap: more than 1 % of the test images are in a split of the model; fewer are left out.
+        SplitOverlap: more than 1 % of the test or shifted images are in a split of the model; fewer are left out.
+        DataError: a data set has no images.
     """
-    everything = collect(detector.backbone, id_test, report=report)
-    kept, _ = without_overlap(everything.ids, detector.splits, "in-distribution test")
-    known = everything[kept]
-    id_scores = detector.scores(known.outputs)
-    accepted = sum(verdict.decision == "accept" for verdict in detector.judge(known.outputs))
-    accuracy = known.accuracy()
-    result: dict[str, Any] = {
-        "id": {
-            "n": len(kept),
-            "accuracy": None if np.isnan(accuracy) else accuracy,
-            "acceptance": accepted / len(kept),
-            "acceptance_interval": list(clopper_pearson(accepted, len(kept))),
-        },
-        "decisions": {},
-        "scores": {name: {"ood": {}} for name in id_scores},
+    measured = measure(detector, id_test, ood, shifted=shifted, backward=backward, report=report)
+    return summarise(measured, replicates)
+
+
+def summarise(measured: Measured, replicates: int = REPLICATES) -> dict[str, Any]:
+    """The report, for JSON.
+
+    Returns:
+        `id` and, by name, `shifted`: n, accuracy, acceptance, acceptance_interval, accuracy_of_accepted.
+        `decisions`: n, deferral and group by OOD set.
+        `scores`: for each score `ood` (measures by set), `near` and `far` (unweighted means), `id` (AURC and AUGRC
+        without OOD images), and `histogram` and `p_values`: counts of images between `edges`, the end bins holding
+        what lies beyond. Intervals are 95 %.
+        `seconds_per_image`: batch (images at a time), read, network, and scores by name.
+        Rates and areas in 0-1; None where labels are missing.
+    """
+    known = measured.known
+    decisions = {
+        name: {"n": len(part), "deferral": float(np.mean(~part.accepted)), "group": part.group}
+        for name, part in measured.ood.items()
     }
-    groups: dict[str, list[str]] = {"near": [], "far": []}
-    for name, ood_set in (ood or {}).items():
-        outputs = collect(detector.backbone, ood_set.dataset, report=report).outputs
-        deferred = sum(verdict.decision == "defer" for verdict in detector.judge(outputs))
-        result["decisions"][name] = {"n": len(outputs), "deferral": deferred / len(outputs), "group": ood_set.group}
-        groups.setdefault(ood_set.group, []).append(name)
-        for score, values in detector.scores(outputs).items():
-            result["scores"][score]["ood"][name] = measures(id_scores[score], values)
-    for score in result["scores"].values():
-        for group in ("near", "far"):
-            score[group] = _mean([score["ood"][name] for name in groups[group]])
-    return result
+    views = [(values, [part.scores[name] for part in measured.ood.values()]) for name, values in known.scores.items()]
+    drawn = auroc_replicates(views, replicates)
+    return {
+        "id": _acceptance(known),
+        "decisions": decisions,
+        "scores": {name: _score_report(measured, name, sets) for name, sets in zip(known.scores, drawn, strict=True)},
+        "shifted": {name: _acceptance(part) for name, part in measured.shifted.items()},
+        "seconds_per_image": dict(measured.seconds),
+    }
 
 
-def table(result: Mapping[str, Any], score: str) -> str:
-    """The evaluation of the deciding score as a Markdown table."""
-    known = result["id"]
-    low, high = known["acceptance_interval"]
-    accuracy = "" if known["accuracy"] is None else f", accuracy {known['accuracy']:.2%}"
-    lines = [
-        f"In-distribution test images: {known['n']:,}{accuracy}, accepted {known['acceptance']:.2%} "
-        f"(95 % interval {low:.2%} to {high:.2%}).",
-        "",
-        f"| OOD set | images | deferred | AUROC of `{score}` | OOD missed at ID 95 % | ID flagged at OOD 95 % |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, row in result["scores"][score]["ood"].items():
-        decision = result["decisions"][name]
-        lines.append(_row(f"{name} ({decision['group']})", f"{decision['n']:,}", f"{decision['deferral']:.1%}", row))
-    for group in ("near", "far"):
-        if result["scores"][score][group]:
-            lines.append(_row(f"mean {group}", "", "", result["scores"][score][group]))
-    return "\n".join(lines)
+def _acceptance(part: Scored) -> dict[str, Any]:
+    accepted, total = int(part.accepted.sum()), len(part)
+    return {
+        "n": total,
+        "accuracy": part.accuracy(np.ones(total, dtype=bool)),
+        "acceptance": accepted / total,
+        "acceptance_interval": list(clopper_pearson(accepted, total)),
+        "accuracy_of_accepted": part.accuracy(part.accepted),
+    }
 
 
-def _row(name: str, n: str, deferral: str, row: Mapping[str, float]) -> str:
-    return (
-        f"| {name} | {n} | {deferral} | {row['auroc']:.2%} | {row['ood_miss_rate_at_id95']:.1%} | "
-        f"{row['id_flag_rate_at_ood95']:.1%} |"
-    )
+def _score_report(measured: Measured, name: str, drawn: NDArray[np.float64]) -> dict[str, Any]:
+    """The report of one score; `drawn` float64 [sets, n] are bootstrap replicates of its AUROC."""
+    known, ood = measured.known, measured.ood
+    rows = {
+        key: measures(known.scores[name], part.scores[name]) | _areas(name, known, part) | _interval(replicates)
+        for (key, part), replicates in zip(ood.items(), drawn, strict=True)
+    }
+    means: dict[str, Any] = {}
+    for group in GROUPS:
+        members = [index for index, part in enumerate(ood.values()) if part.group == group]
+        chosen = [list(rows.values())[index] for index in members]
+        means[group] = _mean(chosen) | _interval(drawn[members].mean(axis=0)) if members else {}
+    scores = {key: part.scores[name] for key, part in ood.items()}
+    p_values = {key: part.p_values[name] for key, part in ood.items()}
+    return {
+        "ood": rows,
+        **means,
+        "id": _areas(name, known),
+        "histogram": _counts(known.scores[name], scores, histogram_edges([known.scores[name], *scores.values()], BINS)),
+        "p_values": _counts(known.p_values[name], p_values, np.linspace(0, 1, BINS + 1)),
+    }
 
 
-def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]} if rows else {}
+def _areas(name: str, known: Scored, ood: Scored | None = None) -> dict[str, float | None]:
+    """AURC and AUGRC; None without labelled images."""
+    if not known.labelled.any():
+        return {"aurc": None, "augrc": None}
+    values, wrong = failures(name, known, ood)
+    return {"aurc": aurc(values, wrong), "augrc": augrc(values, wrong)}
+
+
+def _counts(known: Scores, ood: Mapping[str, Scores], edges: Scores) -> dict[str, Any]:
+    counts = {key: histogram(values, edges).tolist() for key, values in ood.items()}
+    return {"edges": edges.tolist(), "id": histogram(known, edges).tolist(), "ood": counts}
+
+
+def _interval(replicates: Scores) -> dict[str, list[float]]:
+    return {"auroc_interval": list(percentiles(replicates))}
+
+
+def _mean(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Unweighted means of the numbers of several rows."""
+    numbers = [key for key in rows[0] if key != "auroc_interval"]
+    return {
+        key: None if any(row[key] is None for row in rows) else float(np.mean([row[key] for row in rows]))
+        for key in numbers
+    }

@@ -79,7 +79,7 @@ def fit(
         options: bank size and mix-up.
         scores: names of the registry; `default_scores` where none are given. The policy's score and the members of a
             fusion are added.
-        policy: target, guarantee and deciding score.
+        policy: target, guarantee and deciding score; `default_decider` under the PAC guarantee where none is given.
         per_class: one threshold for each predicted class.
         precisions: in which to calibrate.
         half_weights: round the weight matrices to float16 first and store them so; everything is fitted, calibrated and
@@ -96,7 +96,7 @@ def fit(
         ScoreError: an unknown score, one that cannot decide, or one that this network does not allow.
         DataError, BackboneError, TooFewSamples, SplitOverlap, ArtifactError
     """
-    policy = policy or Policy()
+    policy = policy or Policy(score_name=default_decider(tuned=tune is not None))
     names = with_members(scores or default_scores(tuned=tune is not None), policy.score_name)
     _refuse_early(out, calibration, tune, policy, names, per_class=per_class)
     if half_weights:
@@ -154,6 +154,11 @@ def fit(
 def default_scores(*, tuned: bool) -> tuple[str, ...]:
     """What a fit fits where nothing is asked for: the published GROOD, and `fusion` where there is a tune split."""
     return (*PUBLISHED, Fusion.name) if tuned else PUBLISHED
+
+
+def default_decider(*, tuned: bool) -> str:
+    """The score that decides where nothing is asked for: `fusion` where there is a tune split, else `grood`."""
+    return Fusion.name if tuned else "grood"
 
 
 def with_members(names: Sequence[str], deciding: str) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ def toy_model(out: Path, *, policy: Policy | None = None) -> Manifest:
         tune=toy_dataset(100, seed=3),
         test=toy_dataset(200, seed=4),
         options=FitOptions(num_classes=len(TOY_CLASSES), bank_size=200, mixup_images=40),
-        policy=policy,
+        policy=policy or Policy(),
     )
 
 

@@ -30,6 +30,7 @@ from detector.images import Preprocessing
 from detector.networks import CIFAR_PREPROCESSING, IMAGENET_PREPROCESSING
 from tests.helpers import TOY_CLASSES, photo, toy_images
 
+IMAGES = {"resnet20": 200, "resnet56": 200, "densenet_cifar10": 100, "densenet_cifar100": 100, "mobilenet_v2": 50}
 SEPARATING = ("mds", "knn", "vim", "nnguide", "gmm", "energy", "msp")  # these must flag features that fit no class
 
 
@@ -46,33 +47,15 @@ def known_images(known: str, preprocessing: Preprocessing, images: int, start: i
 
 
 @pytest.mark.data
-@pytest.mark.parametrize(
-    ("name", "images"),
-    [
-        ("resnet20", 200),
-        ("resnet56", 200),
-        ("densenet_cifar10", 100),
-        ("densenet_cifar100", 100),
-        ("mobilenet_v2", 50),
-    ],
-)
-def test_a_published_network_gets_as_many_images_right_as_was_measured(name: str, images: int) -> None:
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_a_published_network_gets_as_many_images_right_as_was_measured(name: str) -> None:
     if not networks.available(name):
         pytest.skip(f"the weights of {name} are not there")
-    published, backbone = networks.NETWORKS[name], networks.load(name)
+    published, backbone, images = networks.NETWORKS[name], networks.load(name), IMAGES[name]
     dataset = known_images(published.known, backbone.preprocessing, images)
-    low, high = binom.ppf([0.0005, 0.9995], images, published.accuracy) / images
+    low, high = (binom.ppf(share, images, published.accuracy) / images for share in (0.0005, 0.9995))
     assert low <= collect(backbone, dataset).accuracy() <= high
     backbone.check_resume(torch.from_numpy(next(batches(dataset, 4)).images))
-
-
-def test_every_network_is_tested() -> None:
-    (mark,) = (
-        mark
-        for mark in test_a_published_network_gets_as_many_images_right_as_was_measured.pytestmark  # type: ignore[attr-defined]
-        if mark.name == "parametrize"
-    )
-    assert {name for name, _ in mark.args[1]} == set(networks.NETWORKS)
 
 
 def test_the_parts_of_the_test_images_share_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,15 +78,18 @@ def test_a_balanced_sample_takes_all_of_a_small_class() -> None:
     assert np.all(np.diff(chosen) > 0)
 
 
-def features(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Non-negative features of three classes, a linear layer that tells them apart, and features of no class."""
-    generator = torch.Generator().manual_seed(seed)
+FitData = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def features() -> tuple[FitData, dict[str, torch.Tensor]]:
+    """Features of three classes with their labels and a linear layer that tells them apart; more, and some of none."""
+    generator = torch.Generator().manual_seed(0)
     weight = torch.eye(3, 12)
     labels = torch.arange(300) % 3
     train = 6 * weight[labels] + torch.rand(300, 12, generator=generator)
     known = 6 * weight[torch.arange(90) % 3] + torch.rand(90, 12, generator=generator)
     ood = torch.rand(80, 12, generator=generator) * torch.tensor([1.0] * 3 + [4.0] * 9)
-    return {"train": train, "labels": labels, "weight": weight, "bias": torch.zeros(3), "known": known, "ood": ood}
+    return (train, labels, weight, torch.zeros(3)), {"known": known, "ood": ood}
 
 
 def test_the_rivals_say_how_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,26 +118,19 @@ def test_an_adapter_hands_each_kind_of_detector_what_it_takes(monkeypatch: pytes
             return -logits.amax(dim=1)
 
     monkeypatch.setattr(rivals, "installed", lambda: SimpleNamespace(ReAct=OfMaps))
-    given = features()
-    found = rivals.rival_scores(
-        *(given[key] for key in ("train", "labels", "weight", "bias")),
-        {"known": given["known"]},
-        parameters={"react": {"percentile": 0.5}},
-        names=("react",),
-    )
+    fitted_on, scored = features()
+    found = rivals.rival_scores(*fitted_on, scored, parameters={"react": {"percentile": 0.5}}, names=("react",))
     assert found["react"]["known"].dtype == np.float64
-    assert np.allclose(found["react"]["known"], -given["known"][:, :3].amax(dim=1).numpy())
+    assert np.allclose(found["react"]["known"], -scored["known"][:, :3].amax(dim=1).numpy())
     with pytest.raises(ValueError, match="no odin on features"):
-        rivals.rival_scores(*(given[key] for key in ("train", "labels", "weight", "bias")), {}, names=("odin",))
+        rivals.rival_scores(*fitted_on, scored, names=("odin",))
 
 
 @pytest.mark.parametrize("parameters", [rivals.ALIGNED, rivals.DEFAULTS], ids=["aligned", "defaults"])
 def test_larger_means_more_ood_in_every_rival(parameters: dict[str, dict[str, object]]) -> None:
     pytest.importorskip("pytorch_ood")
     pytest.importorskip("sklearn")
-    given = features()
-    scored = {"known": given["known"], "ood": given["ood"]}
-    fitted_on = (given[key] for key in ("train", "labels", "weight", "bias"))
+    fitted_on, scored = features()
     found = rivals.rival_scores(*fitted_on, scored, parameters=parameters)
     assert set(found) >= {*compare.OURS, *compare.THEIRS_ONLY}
     for name, values in found.items():
@@ -179,7 +158,7 @@ def test_ours_and_theirs_rank_real_features_alike() -> None:
 def write_images(images: np.ndarray, folder: Path) -> None:
     folder.mkdir(parents=True)
     for index, pixels in enumerate(images):
-        Image.fromarray(pixels).save(folder / f"{index:04d}.png")
+        Image.fromarray(pixels).save(folder / f"{folder.name}_{index:04d}.png")
 
 
 @pytest.fixture
@@ -195,8 +174,8 @@ def miniature(tmp_path: Path) -> Path:
     preprocessing = protocol._sized(IMAGENET_PREPROCESSING, 32)
     train = open_dataset(tmp_path / "imagenet" / "train", preprocessing)
     seen = collect(Backbone(module, preprocessing), train)
-    labels = torch.from_numpy(train.labels)
-    means = torch.stack([seen.outputs.penultimate[labels == label].mean(0) for label in range(len(TOY_CLASSES))])
+    rows = [torch.from_numpy(train.labels == label) for label in range(len(TOY_CLASSES))]
+    means = torch.stack([seen.outputs.penultimate[part].mean(0) for part in rows])
     with torch.no_grad():
         module.fc.weight.copy_(2 * means)
         module.fc.bias.copy_(-means.square().sum(1))
@@ -210,8 +189,10 @@ def test_the_imagenet_protocol_runs_from_folders_to_results(
     miniature: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held_out = sorted((miniature / "imagenet" / "val").rglob("*.png"))[:120]
-    (miniature / "val.txt").write_text("".join(f"val/{path.parent.name}/{path.name} 0\n" for path in held_out))
-    (miniature / "ninco.txt").write_text("".join(f"ninco/some_class/{index:04d}.png -1\n" for index in range(15)))
+    (miniature / "val.txt").write_text("".join(f"imagenet_1k/val/{path.name} 0\n" for path in held_out))
+    (miniature / "ninco.txt").write_text(
+        "".join(f"ninco/some_class/some_class_{index:04d}.png -1\n" for index in range(15))
+    )
     out = miniature / "models" / "miniature" / "1"
     out.parent.mkdir(parents=True)
     options = {
@@ -236,14 +217,21 @@ def test_the_imagenet_protocol_runs_from_folders_to_results(
     assert "## fusion" in capsys.readouterr().out
 
 
-def test_a_list_that_names_an_absent_image_is_refused(miniature: Path) -> None:
-    (miniature / "list.txt").write_text("ninco/some_class/0001.png -1\nninco/some_class/9999.png -1\n")
-    dataset = open_dataset(miniature / "ninco", IMAGENET_PREPROCESSING)
-    with pytest.raises(DataError, match=r"1 images that its set lacks, the first of them some_class/9999\.png"):
-        protocol.listed(dataset, miniature / "list.txt")
+def test_a_list_must_name_images_that_are_there_once(tmp_path: Path) -> None:
+    write_images(np.stack([photo(40, 36)] * 3), tmp_path / "ninco" / "bird")
+    dataset = open_dataset(tmp_path / "ninco", IMAGENET_PREPROCESSING)
+    names = tmp_path / "list.txt"
+    names.write_text("ninco/bird/bird_0001.png -1\nninco/bird/bird_9999.png -1\n")
+    with pytest.raises(DataError, match=r"1 images that its set lacks, the first of them bird_9999\.png"):
+        protocol.listed(dataset, names)
+    names.write_text("ninco/bird/bird_0001.png\n")
+    assert len(protocol.listed(dataset, names)) == 1
+    write_images(np.stack([photo(40, 36)] * 3), tmp_path / "ninco" / "more" / "bird")
+    with pytest.raises(DataError, match="several images of one name"):
+        protocol.listed(open_dataset(tmp_path / "ninco", IMAGENET_PREPROCESSING), names)
 
 
-def test_a_missing_folder_is_named_before_the_fit(miniature: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_folder_is_named_before_the_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        imagenet.main(["--imagenet", str(miniature), "--near", "ninco=nowhere", "--out", str(miniature / "out" / "1")])
+        imagenet.main(["--imagenet", str(tmp_path), "--near", "ninco=nowhere", "--out", str(tmp_path / "out" / "1")])
     assert "'ninco=nowhere' must be NAME=PATH" in capsys.readouterr().err

@@ -84,6 +84,6 @@ def test_the_results_page_speaks_of_the_model_that_is_here() -> None:
 def test_the_embedded_model_reports_its_accuracy_and_acceptance() -> None:
     manifest = json.loads((EMBEDDED / "manifest.json").read_text())
     measured = manifest["report"]["id"]
-    assert measured["accuracy"] > 0.92
+    assert measured["accuracy"] >= 0.93
     assert measured["acceptance_interval"][1] >= manifest["policy"]["target_id_acceptance"]
     assert sum(path.stat().st_size for path in EMBEDDED.iterdir()) <= 60e6

@@ -12,7 +12,7 @@ Definitions that differ whatever the parameters, ours second:
 msp     float32 probabilities, which tie at 1 / float64, with all digits of 1 - p.
 gen     probabilities clipped to [1e-7, 1 - 1e-7] / as they are. OpenOOD does not clip either.
 mds     inverse in float32 of the scatter with 1e-6 on its diagonal / eigenvalues under 1e-7 of the largest left out.
-rmds    as mds, twice.
+rmds    as mds, twice; features with many nearly constant entries then differ by points, see mds.
 react   the interpolated percentile / the nearest value. No difference that a rank would show.
 knn     all training features / a class-balanced bank of 10,000, the `bank_size` of a fit.
 """
@@ -88,22 +88,25 @@ def rival_scores(
         RivalsMissing: the library is not installed.
         ValueError: training features that a detector refuses, such as a class with no correct image for `she`.
     """
-    library = installed()
     head = _head(weight, bias)
-    makers = _makers(library, head)
-    unknown = set(names or ()) - set(makers)
-    if unknown:
-        raise ValueError(f"pytorch-ood has no {', '.join(sorted(unknown))} on features; it has {', '.join(makers)}")
+    makers = _chosen(_makers(installed(), head), names)
     chunk = max(1, CELLS // weight.numel())
     result: dict[str, dict[str, Values]] = {}
-    for name in names or makers:
-        rival = makers[name](**parameters.get(name, {}))
+    for name, maker in makers.items():
+        rival = maker(**parameters.get(name, {}))
         form = _form(rival)
         view = _views(head)[form]
         if rival.requires_fit:
             getattr(rival, f"fit_{form}")(view(train), labels)
         result[name] = {key: _predict(rival, form, view, features, chunk) for key, features in sets.items()}
     return result
+
+
+def _chosen(makers: dict[str, Callable[..., Any]], names: Sequence[str] | None) -> dict[str, Callable[..., Any]]:
+    unknown = sorted(set(names or ()) - set(makers))
+    if unknown:
+        raise ValueError(f"pytorch-ood has no {', '.join(unknown)} on features; it has {', '.join(makers)}")
+    return {name: makers[name] for name in names or makers}
 
 
 def _makers(library: Any, head: nn.Linear) -> dict[str, Callable[..., Any]]:
@@ -156,5 +159,5 @@ def _views(head: nn.Linear) -> dict[str, Callable[[Tensor], Tensor]]:
 def _predict(rival: Any, form: str, view: Callable[[Tensor], Tensor], features: Tensor, chunk: int) -> Values:
     predict = getattr(rival, f"predict_{form}")
     with torch.no_grad():
-        values = torch.cat([predict(view(part)) for part in features.split(chunk)])
+        values = torch.cat([predict(view(part)) for part in torch.split(features, chunk)])
     return np.asarray(values.double().numpy())

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -58,7 +58,8 @@ class PhotoDataset:
             self.names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
             self.files = [archive.read(name) for name in self.names]
             known = json.loads(archive.read("index.json")) if "index.json" in archive.namelist() else []
-        self.labels, self.classes = _photo_labels(self.names, known), [str(index) for index in range(1000)]
+        self.labels = _photo_labels(self.names, known)
+        self.classes: Sequence[str] = [str(index) for index in range(1000)]
 
     def __len__(self) -> int:
         return len(self.names)

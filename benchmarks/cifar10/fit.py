@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tomllib
 from pathlib import Path
 
 from benchmarks.cifar10.splits import split
@@ -15,10 +16,13 @@ from benchmarks.datasets import CIFAR10_CLASSES, load
 from detector import Network, fit
 from detector.card import card
 from detector.data import ArrayDataset
+from detector.fitting import FORWARD_SCORES
 from detector.networks import load_network, parse_spec
+from detector.policy import Policy
 from detector.scores import FitOptions
 
 BANK = 5_000  # gradients; keeps the repository small
+FROZEN = Path("benchmarks/accuracy/frozen.toml")
 
 
 def main() -> None:
@@ -39,6 +43,8 @@ def main() -> None:
         tune=sets["tune"],
         test=sets["test"],
         options=FitOptions(bank_size=BANK),
+        scores=FORWARD_SCORES,
+        policy=Policy(score_name=tomllib.loads(FROZEN.read_text())["policy"]["decider"]),
         precisions=("fp32", "bf16"),
         half_weights=True,
         source="5,000 CIFAR-10 training images held out of training",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,22 +116,22 @@ def listed(dataset: Dataset, file: Path | None) -> Dataset:
 
 
 def _listed(dataset: Dataset, file: Path) -> Indices:
-    """One image a line, `FOLDER/FILE`, with or without folders before it and a label behind it, as OpenOOD's lists.
+    """One image a line, its path first and perhaps a label behind it, as in OpenOOD's lists.
+
+    Only the name of the file counts: those lists know the validation images without class folders.
 
     Raises:
-        DataError: the set lacks some of them.
+        DataError: the set lacks some of them, or has several of one name.
     """
-    wanted = {_last_two(line.rsplit(maxsplit=1)[0]) for line in file.read_text().splitlines() if line.strip()}
-    names = [_last_two(Path(dataset.name(index)).as_posix()) for index in range(len(dataset))]
-    missing = wanted - set(names)
+    wanted = {Path(line.split()[0]).name for line in file.read_text().splitlines() if line.strip()}
+    names = [Path(dataset.name(index)).name for index in range(len(dataset))]
+    missing = sorted(wanted - set(names))
     if missing:
-        example = "/".join(min(missing))
-        raise DataError(f"{file} names {len(missing)} images that its set lacks, the first of them {example}")
-    return np.array([index for index, name in enumerate(names) if name in wanted], dtype=np.int64)
-
-
-def _last_two(path: str) -> tuple[str, ...]:
-    return PurePosixPath(path).parts[-2:]
+        raise DataError(f"{file} names {len(missing)} images that its set lacks, the first of them {missing[0]}")
+    chosen = np.array([index for index, name in enumerate(names) if name in wanted], dtype=np.int64)
+    if len(chosen) > len(wanted):
+        raise DataError(f"the set of {file} has several images of one name; a list cannot tell them apart")
+    return chosen
 
 
 def _validation_parts(validation: Dataset, plan: Plan) -> tuple[Dataset, Dataset, Dataset]:

@@ -1,7 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """One file per method or family, one registry, one contract."""
 
-from detector.scores import boundary, gaussian, gradient_norm, grood, logit, nearest, rectified  # noqa: F401 - they register
+from detector.scores import (  # noqa: F401 - they register
+    boundary,
+    exgrad_full,
+    gaia,
+    gaussian,
+    gradient_norm,
+    grood,
+    logit,
+    lowdim,
+    lowdim_full,
+    nac,
+    nearest,
+    rectified,
+)
 from detector.scores.base import (
     FitOptions as FitOptions,
     Gatherer as Gatherer,

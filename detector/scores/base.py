@@ -30,6 +30,8 @@ class FitOptions:
         generator: what the OOD prototype of GROOD is the mean of: `mixup`, `noise`, `prototype_mean`, or `images`
             that the caller passes by name.
         ood_images: uint8 [N, H, W, 3], those images.
+        lowdim_parameters: names of parameters or of modules that hold them, whose gradients `lowdim` and its forms look
+            at; none means all parameters.
     """
 
     num_classes: int = 0
@@ -38,6 +40,7 @@ class FitOptions:
     mixup_coefficient: float = 0.5
     generator: str = "mixup"
     ood_images: Tensor | None = field(default=None, compare=False, repr=False)
+    lowdim_parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ def squared_distances(rows: Tensor, centres: Tensor) -> Tensor:
 class Mds(Score):
     """min_c (h - mu_c)^T S^-1 (h - mu_c), S the covariance within classes.
 
+    S is inverted where the training features vary at all, see `_whitening`.
+
     State: whitening float32 [D, K], prototypes float32 [C, D].
     """
 
@@ -49,9 +51,21 @@ class Mds(Score):
     prototypes: Tensor
 
     def _fit(self, backbone: Backbone) -> State:
+        return {"whitening": self._whitening().float(), "prototypes": self.got(ClassSums).means().float()}
+
+    def _background(self) -> Tensor:
         sums = self.got(ClassSums)
-        transform = whitening(self.got(Scatter).within_classes(sums))
-        return {"whitening": transform.float(), "prototypes": sums.means().float()}
+        return whitening(self.got(Scatter).about(sums, sums.mean()))
+
+    def _whitening(self) -> Tensor:
+        """Whitening within classes, inside the subspace that all training features together span.
+
+        A cut of the covariance within classes alone would keep other directions than a cut of the background, and the
+        difference of the two distances would be left with one of them there.
+        """
+        background = self._background()
+        within = self.got(Scatter).within_classes(self.got(ClassSums))
+        return background @ whitening(background.T @ within @ background)
 
     def _attach(self, backbone: Backbone) -> None:
         self._transform = self.whitening.double()
@@ -74,10 +88,8 @@ class Rmds(Mds):
     mean: Tensor
 
     def _fit(self, backbone: Backbone) -> State:
-        sums = self.got(ClassSums)
-        centre = sums.mean()
-        background = whitening(self.got(Scatter).about(sums, centre))
-        return super()._fit(backbone) | {"background": background.float(), "mean": centre.float()}
+        mean = self.got(ClassSums).mean()
+        return super()._fit(backbone) | {"background": self._background().float(), "mean": mean.float()}
 
     def _score(self, outputs: Outputs) -> Tensor:
         centred = outputs.penultimate.double() - self.mean.double()

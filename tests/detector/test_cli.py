@@ -59,6 +59,21 @@ def fitted(material: Path) -> Path:
     return out
 
 
+def test_other_scores_are_fitted_beside_and_a_tune_set_lets_fusion_decide(material: Path) -> None:
+    out = material / "models" / "fused" / "1"
+    result = oodgate(
+        "fit", material / "train", "--calibration", material / "held_out.npz", "--tune", material / "test.npz",
+        "--backbone", "cifar_resnet18", "--weights", material / "weights.safetensors", "--bank-size", 100,
+        "--classes", material / "classes.txt", "--also", "msp", "--also", "rg",
+        "--ood-prototype", "images", "--ood-images", material / "noise.npz", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(out)
+    assert manifest.policy.score_name == "fusion"
+    assert {"grood", "msp", "rg"} <= set(manifest.scores)
+    assert manifest.fit.generator == "images"
+
+
 def test_fit_without_the_class_order_says_what_it_saw(material: Path) -> None:
     result = oodgate(
         "fit", material / "train", "--calibration", material / "held_out.npz", "--backbone", "cifar_resnet18",
@@ -116,13 +131,60 @@ def test_evaluate_prints_the_documented_json_and_stores_it(fitted: Path, materia
     arguments = ("evaluate", fitted, "--id", material / "test.npz", "--far", f"noise={material / 'noise.npz'}")
     report = json.loads(oodgate(*arguments, "--json").stdout)
     row = report["scores"]["grood"]["ood"]["noise"]
-    assert set(row) == {"auroc", "ood_miss_rate_at_id95", "id_flag_rate_at_ood95"}
+    assert set(row) == {
+        "auroc", "ood_miss_rate_at_id95", "id_flag_rate_at_ood95", "aupr_ood", "aupr_id", "aurc", "augrc",
+        "auroc_interval",
+    }  # fmt: skip
     assert row["auroc"] > 0.5
     assert report["scores"]["grood"]["far"] == row
     assert report["scores"]["grood"]["near"] == {}
-    assert set(report["id"]) == {"n", "accuracy", "acceptance", "acceptance_interval"}
+    assert set(report["id"]) == {"n", "accuracy", "acceptance", "acceptance_interval", "accuracy_of_accepted"}
     assert json.loads((fitted / "report.json").read_text()) == report
-    assert "| noise (far) | 60 |" in oodgate(*arguments).output
+    output = oodgate(*arguments).output
+    assert "| noise (far) | 60 |" in output
+    assert "| `grood` |" in output
+    assert "Milliseconds an image" in output
+
+
+def test_evaluate_draws_figures_and_keeps_shifted_images_apart(fitted: Path, material: Path, tmp_path: Path) -> None:
+    dark = tmp_path / "dark"
+    write_folder(dark, 20, 90)
+    result = oodgate(
+        "evaluate", fitted, "--id", material / "test.npz", "--ood", f"noise={material / 'noise.npz'}",
+        "--shifted", f"dark={dark}", "--plots", tmp_path / "figures" / "new", "--no-store", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["shifted"]["dark"]["accuracy"] > 0.5  # labels from the class folders
+    assert set(report["decisions"]) == {"noise"}
+    assert len(list((tmp_path / "figures" / "new").glob("*.svg"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--near", "here={noise}", "--near", "here={noise}"), "names 'here' twice"),
+        (("--near", "here={noise}", "--far", "here={noise}"), "two OOD sets are called 'here'"),
+        (("--shifted", "{noise}"), "must be NAME=PATH"),
+        (("--ood", "gone=nowhere.npz"), "the path must exist"),
+    ],
+)
+def test_evaluate_refuses_sets_it_cannot_tell_apart(
+    fitted: Path, material: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    given = (argument.format(noise=material / "noise.npz") for argument in arguments)
+    result = oodgate("evaluate", fitted, "--id", material / "test.npz", *given)
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_plots_without_matplotlib_say_what_to_install(
+    fitted: Path, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detector.cli_evaluate.find_spec", lambda name: None)
+    result = oodgate("evaluate", fitted, "--id", material / "test.npz", "--plots", tmp_path)
+    assert result.exit_code == 2
+    assert "pip install 'oodgate[plots]'" in result.output
 
 
 def test_calibrate_writes_the_next_version_and_keeps_groups_whole(fitted: Path, material: Path) -> None:

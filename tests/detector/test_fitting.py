@@ -1,25 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from detector import Detector, artifact as artifacts, calibrate, evaluate, fit
 from detector.backbone import Backbone
-from detector.calibration import Guarantee
+from detector.calibration import Guarantee, clopper_pearson
 from detector.cifar_resnet import CifarResNet18
 from detector.data import ArrayDataset
-from detector.errors import ArtifactError, CalibrationError, ClassOrderMismatch, DataError, SplitOverlap, TooFewSamples
+from detector.errors import (
+    ArtifactError,
+    CalibrationError,
+    ClassOrderMismatch,
+    DataError,
+    ScoreError,
+    SplitOverlap,
+    TooFewSamples,
+)
 from detector.features import Progress, fit_scores
 from detector.fitting import Network, check_class_order
 from detector.images import Pixels
 from detector.networks import CIFAR_PREPROCESSING
 from detector.policy import Policy
-from detector.scores import FitOptions
+from detector.scores import FitOptions, Fusion
+from detector.scores.grood import noise_prototype
 from tests.helpers import TOY_CLASSES, toy_dataset, toy_images, toy_model, toy_network
 
 OPTIONS = FitOptions(num_classes=4, bank_size=100, mixup_images=20)
@@ -295,3 +306,108 @@ def test_calibrating_on_the_training_images_is_refused(toy: Path, tmp_path: Path
 def test_an_existing_version_is_not_fitted_over(toy: Path) -> None:
     with pytest.raises(ArtifactError, match="exists"):
         toy_model(toy)
+
+
+def test_a_fit_with_a_tune_split_decides_by_fusion_and_its_promise_holds(tmp_path: Path) -> None:
+    manifest = fit(
+        toy_network(),
+        toy_dataset(300, 1),
+        toy_dataset(600, 2),
+        tmp_path / "m" / "1",
+        tune=toy_dataset(300, 3),
+        options=OPTIONS,
+    )
+    assert manifest.policy.score_name == "fusion"
+    assert manifest.shadow_scores == Fusion.members
+    assert "grood" in manifest.scores
+    detector = Detector.load(tmp_path / "m" / "1")
+    known, _ = toy_images(1000, seed=20)
+    verdicts = detector.verdicts(known)
+    low, high = manifest.report["expected_acceptance_interval"]
+    accepted = sum(verdict.decision == "accept" for verdict in verdicts)
+    assert clopper_pearson(accepted, 1000)[1] >= low
+    assert clopper_pearson(accepted, 1000)[0] <= high
+    p_values = np.array([verdict.ood.p_value for verdict in verdicts])
+    assert stats.kstest(p_values, "uniform").pvalue > 1e-3
+
+
+def test_a_fusion_is_the_same_from_its_file(tmp_path: Path) -> None:
+    fit(
+        toy_network(),
+        toy_dataset(300, 1),
+        toy_dataset(300, 2),
+        tmp_path / "m" / "1",
+        tune=toy_dataset(100, 3),
+        options=OPTIONS,
+    )
+    detector = Detector.load(tmp_path / "m" / "1")
+    outputs = detector.outputs(toy_images(50, seed=5)[0])
+    together = detector.scores(outputs)
+    assert np.array_equal(together["fusion"], detector.fitted["fusion"].score(outputs).numpy())
+
+
+def test_a_fit_without_a_tune_split_decides_by_grood(tmp_path: Path) -> None:
+    manifest = fit(toy_network(), toy_dataset(300, 1), toy_dataset(300, 2), tmp_path / "m" / "1", options=OPTIONS)
+    assert (manifest.policy.score_name, manifest.scores) == ("grood", ("grood", "grood_norm"))
+
+
+def test_a_fusion_without_a_tune_split_is_refused_before_the_fit(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="fusion needs a tune set"):
+        fit(
+            toy_network(),
+            toy_dataset(300, 1),
+            toy_dataset(300, 2),
+            tmp_path / "m" / "1",
+            policy=Policy(score_name="fusion"),
+        )
+
+
+def test_an_unknown_score_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ScoreError, match=r"no score grod; known: .*grood"):
+        fit(toy_network(), toy_dataset(300, 1), toy_dataset(300, 2), tmp_path / "m" / "1", scores=["grod"])
+
+
+def test_a_score_with_a_backward_pass_cannot_decide(tmp_path: Path) -> None:
+    with pytest.raises(ScoreError, match="gaia_z runs a backward pass and cannot decide"):
+        fit(
+            toy_network(),
+            toy_dataset(300, 1),
+            toy_dataset(300, 2),
+            tmp_path / "m" / "1",
+            policy=Policy(score_name="gaia_z"),
+        )
+
+
+@pytest.mark.parametrize("generator", ["noise", "prototype_mean", "images"])
+def test_the_ood_prototype_is_made_as_asked(generator: str) -> None:
+    network = toy_network()
+    backbone = Backbone(network.module, CIFAR_PREPROCESSING)
+    strange = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8))
+    options = replace(OPTIONS, generator=generator, ood_images=strange)
+    fitted, _ = fit_scores(["grood_norm"], backbone, toy_dataset(200, 1), options)
+    found = fitted["grood_norm"].state()
+    expected = {
+        "prototype_mean": found["prototypes"].mean(dim=0),
+        "images": backbone.outputs(strange).penultimate.mean(dim=0),
+        "noise": noise_prototype(backbone).float(),
+    }[generator]
+    assert torch.allclose(found["ood_prototype"], expected, atol=1e-5)
+
+
+def test_blurred_noise_is_what_the_network_is_least_sure_of() -> None:
+    backbone = Backbone(toy_network().module, CIFAR_PREPROCESSING)
+    q = noise_prototype(backbone)
+    assert torch.equal(q, noise_prototype(backbone))  # the same at each fit
+    assert q.shape == backbone.weight.shape[1:]
+
+
+def test_images_for_the_ood_prototype_must_be_passed_by_name() -> None:
+    backbone = Backbone(toy_network().module, CIFAR_PREPROCESSING)
+    with pytest.raises(ScoreError, match="--ood-images"):
+        fit_scores(["grood_norm"], backbone, toy_dataset(100, 1), replace(OPTIONS, generator="images"))
+
+
+def test_an_unknown_generator_is_refused() -> None:
+    backbone = Backbone(toy_network().module, CIFAR_PREPROCESSING)
+    with pytest.raises(ScoreError, match="no generator 'gauss'"):
+        fit_scores(["grood_norm"], backbone, toy_dataset(100, 1), replace(OPTIONS, generator="gauss"))

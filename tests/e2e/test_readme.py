@@ -28,6 +28,7 @@ from tests.e2e.server import free_port
 from tests.helpers import ROOT, TOY_CLASSES, encoded, toy_images
 
 README = (ROOT / "README.md").read_text()
+SETS = (("train", 60, 1), ("held-out", 80, 2), ("test", 40, 3), ("tune", 40, 6))
 SPEC = NetworkSpec(kind="torchvision", name="resnet18", num_classes=len(TOY_CLASSES))
 
 
@@ -69,7 +70,7 @@ def write_images(folder: Path, images: Pixels, names: list[str] | None = None) -
 def write_user_files(mine: Path) -> None:
     torch.manual_seed(0)
     network, preprocessing = build(SPEC), default_preprocessing(SPEC)
-    sets = {name: toy_images(n, seed) for name, n, seed in (("train", 60, 1), ("held-out", 80, 2), ("test", 40, 3))}
+    sets = {name: toy_images(n, seed) for name, n, seed in SETS}
     for name, (images, labels) in sets.items():
         write_images(mine / name, images, [TOY_CLASSES[label] for label in labels])
     write_images(mine / "production", toy_images(90, 4)[0])

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every score on one network: fitted, tuned and measured the way the product does it.
+
+    python -m benchmarks.accuracy.run --network densenet_cifar10
+
+Writes benchmarks/accuracy/results/NETWORK.json: AUROC and both error rates of each score by OOD set, near and far means
+with bootstrap intervals, and paired differences between our forms and each rival.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.accuracy import networks
+from benchmarks.accuracy.features import TRAIN_IMAGES
+from benchmarks.accuracy.sets import Sets, load_sets
+from benchmarks.cifar10.splits import split
+from benchmarks.datasets import CIFAR10_CLASSES, FAR_OOD, NEAR_OOD, load
+from detector import Detector
+from detector.artifact import read_manifest
+from detector.backbone import Backbone
+from detector.data import ArrayDataset, Dataset
+from detector.features import Collected, collect, fit_scores, tune_scores
+from detector.fitting import FORWARD_SCORES
+from detector.metrics import bootstrap_auroc, measures, paired_bootstrap
+from detector.scores import FitOptions, Score, registry, score_all
+
+RESULTS = Path("benchmarks/accuracy/results")
+EMBEDDED = Path("models/cifar10/1")
+OURS = ("grood_margin_w", "fusion")
+RIVALS = ("knn", "rmds", "vim", "fdbd", "nac", "gen", "rg", "msp", "energy", "nci", "grood")
+REPLICATES = 1_000
+
+Values = dict[str, dict[str, NDArray[np.float64]]]  # score -> set -> [N]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Every score on one network.")
+    parser.add_argument("--network", choices=("embedded", *networks.NETWORKS), required=True)
+    parser.add_argument("--scores", nargs="*", help="names of the registry; default: all but those of many passes")
+    parser.add_argument("--limit", type=int, help="images of each set, for a trial")
+    args = parser.parse_args()
+    backbone, sets, known = _network(args.network, args.limit)
+    names = tuple(args.scores or (*FORWARD_SCORES, *_affordable()))
+    started = time.monotonic()
+    scores, refused = _fitted(names, backbone, sets)
+    result = {
+        "network": args.network,
+        "known": known,
+        "features": backbone.weight.shape[1],
+        "images": {part: len(getattr(sets, part)) for part in ("train", "tune", "test")},
+        "torch": torch.__version__,
+        "refused": refused,
+    }
+    result |= measure(scores, backbone, sets)
+    result["seconds"] = round(time.monotonic() - started)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{args.network}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for name, row in sorted(result["scores"].items(), key=lambda item: -item[1]["near"].get("auroc", 0)):
+        print(f"{name:20} {row['near'].get('auroc', float('nan')):.4f} {row['far']['auroc']:.4f}")
+
+
+def measure(scores: Mapping[str, Score], backbone: Backbone, sets: Sets) -> dict[str, Any]:
+    """Accuracy, the tables of each score, and the paired differences."""
+    test = collect(backbone, sets.test, scores=scores)
+    values: Values = {name: {"test": value} for name, value in _values(scores, test).items()}
+    for name, dataset in (dict(sets.near) | dict(sets.far)).items():
+        for score, value in _values(scores, collect(backbone, dataset, scores=scores)).items():
+            values[score][name] = value
+    groups = {"near": tuple(sets.near), "far": tuple(sets.far)}
+    return {
+        "accuracy": test.accuracy(),
+        "ood_images": {name: len(dataset) for name, dataset in (dict(sets.near) | dict(sets.far)).items()},
+        "scores": {name: _row(by_set, groups) for name, by_set in values.items()},
+        "differences": _differences(values, groups),
+    }
+
+
+def _fitted(names: Sequence[str], backbone: Backbone, sets: Sets) -> tuple[dict[str, Score], dict[str, str]]:
+    """The fitted scores, and why others refused this network."""
+    options = FitOptions(num_classes=backbone.num_classes)
+    usable, refused = [], {}
+    for name in names:
+        reason = _refusal(name, backbone, sets, options)
+        if reason is None:
+            usable.append(name)
+        else:
+            refused[name] = reason
+    scores, _ = fit_scores(usable, backbone, sets.train, options)
+    tune_scores(scores, collect(backbone, sets.tune))
+    return scores, refused
+
+
+def _refusal(name: str, backbone: Backbone, sets: Sets, options: FitOptions) -> str | None:
+    """A score that refuses a network says so in a fit on a handful of images; nothing else is asked."""
+    from detector.data import Subset
+    from detector.errors import ScoreError
+
+    if not registry()[name].backward:
+        return None
+    few = Subset(sets.train, np.arange(0, len(sets.train), max(1, len(sets.train) // (20 * backbone.num_classes))))
+    try:
+        fit_scores([name], backbone, few, options)
+    except ScoreError as error:
+        return str(error)
+    return None
+
+
+def _affordable() -> tuple[str, ...]:
+    """Scores with one backward pass an image; those with many are run by name."""
+    return tuple(name for name in ("gaia_a", "gaia_z", "nac") if name in registry())
+
+
+def _values(scores: Mapping[str, Score], collected: Collected) -> dict[str, NDArray[np.float64]]:
+    forward = [name for name, score in scores.items() if not score.backward]
+    together = score_all(scores, forward, collected.outputs) | dict(collected.values)
+    return {name: value.cpu().numpy() for name, value in together.items()}
+
+
+def _row(by_set: Mapping[str, NDArray[np.float64]], groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    known = by_set["test"]
+    row: dict[str, Any] = {"ood": {name: measures(known, value) for name, value in by_set.items() if name != "test"}}
+    for group, members in groups.items():
+        row[group] = (
+            {key: float(np.mean([row["ood"][name][key] for name in members])) for key in row["ood"][members[0]]}
+            if members
+            else {}
+        )
+        if members:
+            low, high = bootstrap_auroc(known, {name: by_set[name] for name in members}, n=REPLICATES)
+            row[f"{group}_interval"] = [low, high]
+    return row
+
+
+def _differences(values: Values, groups: Mapping[str, Sequence[str]]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """For each of our forms, each rival and group: the difference of the mean AUROC and its paired 95 % interval."""
+    table: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for ours in (name for name in OURS if name in values):
+        table[ours] = {rival: {} for rival in RIVALS if rival in values}
+        for rival, row in table[ours].items():
+            for group in (group for group, members in groups.items() if members):
+                sides = [
+                    ({name: values[one][name] for name in groups[group]}, values[one]["test"]) for one in (ours, rival)
+                ]
+                row[group] = list(paired_bootstrap(sides[0][1], sides[0][0], sides[1][1], sides[1][0], n=REPLICATES))
+    return table
+
+
+def _network(name: str, limit: int | None) -> tuple[Backbone, Sets, str]:
+    if name == "embedded":
+        return _embedded(limit)
+    backbone = networks.load(name)
+    known = networks.NETWORKS[name].known
+    return backbone, load_sets(known, backbone.preprocessing, train=limit or TRAIN_IMAGES, limit=limit), known
+
+
+def _embedded(limit: int | None) -> tuple[Backbone, Sets, str]:
+    """The network of the default model, on the images that it was never trained on."""
+    backbone = Detector.load(EMBEDDED).backbone
+    preprocessing = read_manifest(EMBEDDED).preprocessing
+
+    def dataset(images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> Dataset:
+        chosen = None if labels is None else labels[:limit]
+        return ArrayDataset(images[:limit], chosen, preprocessing, classes=CIFAR10_CLASSES)
+
+    parts = {part: dataset(*split()[part]) for part in ("fit", "tune", "calibration")}
+    ood = {name: dataset(load(name)[0], None) for name in (*NEAR_OOD, *FAR_OOD)}
+    sets = Sets(
+        parts["fit"],
+        parts["tune"],
+        parts["calibration"],
+        dataset(*load("cifar10-test")),
+        {name: ood[name] for name in NEAR_OOD},
+        {name: ood[name] for name in FAR_OOD},
+    )
+    return backbone, sets, "cifar10"
+
+
+if __name__ == "__main__":
+    main()

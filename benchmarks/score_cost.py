@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each score adds to the forward pass of the default model at batch 32, interleaved, as a share of the forward.
+
+    python -m benchmarks.score_cost
+
+Writes benchmarks/results/score_cost.json: the median of the shares over rounds, each round a forward and every score.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from detector import Detector
+from detector.backbone import Outputs
+from detector.scores import score_all
+
+MODEL, RESULT = Path("models/cifar10/1"), Path("benchmarks/results/score_cost.json")
+BATCH, ROUNDS, WARM = 32, 40, 5
+
+
+def main() -> None:
+    detector = Detector.load(MODEL)
+    images = torch.randint(0, 256, (BATCH, *detector.backbone.input_shape), dtype=torch.uint8)
+    outputs = detector.backbone.outputs(images)
+    rounds = [_round(detector, images, outputs) for _ in range(WARM + ROUNDS)][WARM:]
+    forward = [one.pop("forward") for one in rounds]
+    shares = {
+        name: statistics.median(one[name] / whole for one, whole in zip(rounds, forward, strict=True))
+        for name in rounds[0]
+    }
+    result = {
+        "model": detector.manifest.model_digest,
+        "batch": BATCH,
+        "rounds": ROUNDS,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "forward_ms": 1e3 * statistics.median(forward),
+        "share_of_forward": dict(sorted(shares.items(), key=lambda item: -item[1])),
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def _round(detector: Detector, images: torch.Tensor, outputs: Outputs) -> dict[str, float]:
+    seconds = {"forward": _seconds(lambda: detector.backbone.outputs(images))}
+    for name in detector.scores_without_backward:
+        seconds[name] = _seconds(partial(score_all, detector.fitted, [name], outputs))
+    return seconds
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
