@@ -95,7 +95,7 @@ class Manifest(_Record):
     model_digest: str = ""
 
     def digest(self) -> str:
-        """SHA-256 over everything that influences a verdict: not the report, nor when the directory was written."""
+        """SHA-256 over everything that influences a verdict: not the report, nor when anything was done."""
         return _model_digest(self.model_dump(mode="json"))
 
 
@@ -273,6 +273,7 @@ def sorted_ids(ids: Tensor) -> Tensor:
 
 def _model_digest(content: Mapping[str, Any]) -> str:
     kept = {name: value for name, value in content.items() if name not in ("report", "created", "model_digest")}
+    kept["calibration"] = {name: value for name, value in content["calibration"].items() if name != "timestamp"}
     kept["files"] = {name: digest for name, digest in content["files"].items() if name != REPORT}
     return "sha256:" + hashlib.sha256(_canonical(kept)).hexdigest()
 

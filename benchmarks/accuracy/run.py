@@ -2,6 +2,7 @@
 """Every score on one network: fitted, tuned and measured the way the product does it.
 
     python -m benchmarks.accuracy.run --network densenet_cifar10
+    python -m benchmarks.accuracy.run --network resnet20 --backward --limit 500 --train 20000 --out resnet20-backward
 
 Writes benchmarks/accuracy/results/NETWORK.json: AUROC and both error rates of each score by OOD set, near and far means
 with bootstrap intervals, and paired differences between our forms and each rival.
@@ -22,13 +23,14 @@ from numpy.typing import NDArray
 
 from benchmarks.accuracy import networks
 from benchmarks.accuracy.features import TRAIN_IMAGES
-from benchmarks.accuracy.sets import Sets, load_sets
+from benchmarks.accuracy.sets import Sets, balanced, load_sets, spread
 from benchmarks.cifar10.splits import split
 from benchmarks.datasets import CIFAR10_CLASSES, FAR_OOD, NEAR_OOD, load
 from detector import Detector
 from detector.artifact import read_manifest
 from detector.backbone import Backbone
-from detector.data import ArrayDataset, Dataset
+from detector.data import ArrayDataset, Dataset, Subset
+from detector.errors import ScoreError
 from detector.features import Collected, collect, fit_scores, tune_scores
 from detector.fitting import FORWARD_SCORES
 from detector.metrics import bootstrap_auroc, measures, paired_bootstrap
@@ -38,6 +40,7 @@ RESULTS = Path("benchmarks/accuracy/results")
 EMBEDDED = Path("models/cifar10/1")
 OURS = ("grood_margin_w", "fusion")
 RIVALS = ("knn", "rmds", "vim", "fdbd", "nac", "gen", "rg", "msp", "energy", "nci", "grood")
+ONE_PASS = ("gaia_a", "gaia_z", "nac")
 REPLICATES = 1_000
 
 Values = dict[str, dict[str, NDArray[np.float64]]]  # score -> set -> [N]
@@ -46,11 +49,14 @@ Values = dict[str, dict[str, NDArray[np.float64]]]  # score -> set -> [N]
 def main() -> None:
     parser = argparse.ArgumentParser(description="Every score on one network.")
     parser.add_argument("--network", choices=("embedded", *networks.NETWORKS), required=True)
-    parser.add_argument("--scores", nargs="*", help="names of the registry; default: all but those of many passes")
-    parser.add_argument("--limit", type=int, help="images of each set, for a trial")
+    parser.add_argument("--scores", nargs="*", default=FORWARD_SCORES, help="names of the registry")
+    parser.add_argument("--backward", action="store_true", help="also those of one backward pass an image; use --limit")
+    parser.add_argument("--limit", type=int, help="images of each set, for a trial or for scores of many passes")
+    parser.add_argument("--train", type=int, help="training images; default: as --limit, or all there are to be")
+    parser.add_argument("--out", help="name of the result; default: the network's")
     args = parser.parse_args()
-    backbone, sets, known = _network(args.network, args.limit)
-    names = tuple(args.scores or (*FORWARD_SCORES, *_affordable()))
+    backbone, sets, known = _network(args.network, args.limit, args.train or args.limit)
+    names = (*args.scores, *(ONE_PASS if args.backward else ()))
     started = time.monotonic()
     scores, refused = _fitted(names, backbone, sets)
     result = {
@@ -64,7 +70,7 @@ def main() -> None:
     result |= measure(scores, backbone, sets)
     result["seconds"] = round(time.monotonic() - started)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.network}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{args.out or args.network}.json").write_text(json.dumps(result, indent=1) + "\n")
     for name, row in sorted(result["scores"].items(), key=lambda item: -item[1]["near"].get("auroc", 0)):
         print(f"{name:20} {row['near'].get('auroc', float('nan')):.4f} {row['far']['auroc']:.4f}")
 
@@ -102,10 +108,7 @@ def _fitted(names: Sequence[str], backbone: Backbone, sets: Sets) -> tuple[dict[
 
 def _refusal(name: str, backbone: Backbone, sets: Sets, options: FitOptions) -> str | None:
     """A score that refuses a network says so in a fit on a handful of images; nothing else is asked."""
-    from detector.data import Subset
-    from detector.errors import ScoreError
-
-    if not registry()[name].backward:
+    if not registry()[name].backward and not name.startswith("lowdim"):
         return None
     few = Subset(sets.train, np.arange(0, len(sets.train), max(1, len(sets.train) // (20 * backbone.num_classes))))
     try:
@@ -113,11 +116,6 @@ def _refusal(name: str, backbone: Backbone, sets: Sets, options: FitOptions) -> 
     except ScoreError as error:
         return str(error)
     return None
-
-
-def _affordable() -> tuple[str, ...]:
-    """Scores with one backward pass an image; those with many are run by name."""
-    return tuple(name for name in ("gaia_a", "gaia_z", "nac") if name in registry())
 
 
 def _values(scores: Mapping[str, Score], collected: Collected) -> dict[str, NDArray[np.float64]]:
@@ -155,32 +153,31 @@ def _differences(values: Values, groups: Mapping[str, Sequence[str]]) -> dict[st
     return table
 
 
-def _network(name: str, limit: int | None) -> tuple[Backbone, Sets, str]:
+def _network(name: str, limit: int | None, train: int | None) -> tuple[Backbone, Sets, str]:
     if name == "embedded":
-        return _embedded(limit)
+        return _embedded(limit, train)
     backbone = networks.load(name)
     known = networks.NETWORKS[name].known
-    return backbone, load_sets(known, backbone.preprocessing, train=limit or TRAIN_IMAGES, limit=limit), known
+    return backbone, load_sets(known, backbone.preprocessing, train=train or TRAIN_IMAGES, limit=limit), known
 
 
-def _embedded(limit: int | None) -> tuple[Backbone, Sets, str]:
+def _embedded(limit: int | None, train: int | None) -> tuple[Backbone, Sets, str]:
     """The network of the default model, on the images that it was never trained on."""
     backbone = Detector.load(EMBEDDED).backbone
     preprocessing = read_manifest(EMBEDDED).preprocessing
 
     def dataset(images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> Dataset:
-        chosen = None if labels is None else labels[:limit]
-        return ArrayDataset(images[:limit], chosen, preprocessing, classes=CIFAR10_CLASSES)
+        return spread(ArrayDataset(images, labels, preprocessing, classes=CIFAR10_CLASSES), limit)
 
-    parts = {part: dataset(*split()[part]) for part in ("fit", "tune", "calibration")}
-    ood = {name: dataset(load(name)[0], None) for name in (*NEAR_OOD, *FAR_OOD)}
+    parts = split()
+    fit = ArrayDataset(*parts["fit"], preprocessing, classes=CIFAR10_CLASSES)
     sets = Sets(
-        parts["fit"],
-        parts["tune"],
-        parts["calibration"],
+        fit if train is None else Subset(fit, balanced(fit.labels, train)),
+        dataset(*parts["tune"]),
+        dataset(*parts["calibration"]),
         dataset(*load("cifar10-test")),
-        {name: ood[name] for name in NEAR_OOD},
-        {name: ood[name] for name in FAR_OOD},
+        {name: dataset(load(name)[0], None) for name in NEAR_OOD},
+        {name: dataset(load(name)[0], None) for name in FAR_OOD},
     )
     return backbone, sets, "cifar10"
 

@@ -95,9 +95,9 @@ def load_sets(known: str, preprocessing: Preprocessing, *, train: int | None = N
     parts = {name: Subset(held_out, part) for name, part in _parts(held_out).items()}
     return Sets(
         everything if train is None else Subset(everything, balanced(everything.labels, train)),
-        **{name: _spread(part, limit) for name, part in parts.items()},
-        near={name: _spread(dataset, limit) for name, dataset in near.items()},
-        far={name: _spread(dataset, limit) for name, dataset in far.items()},
+        **{name: spread(part, limit) for name, part in parts.items()},
+        near={name: spread(dataset, limit) for name, dataset in near.items()},
+        far={name: spread(dataset, limit) for name, dataset in far.items()},
     )
 
 
@@ -130,7 +130,8 @@ def _parts(held_out: Dataset) -> dict[str, Indices]:
     return dict(zip(SHARES, (order[start:stop] for start, stop in pairwise(bounds)), strict=True))
 
 
-def _spread(dataset: Dataset, limit: int | None) -> Dataset:
+def spread(dataset: Dataset, limit: int | None) -> Dataset:
+    """`limit` images evenly over a data set; all where it is None."""
     if limit is None or limit >= len(dataset):
         return dataset
     return Subset(dataset, np.linspace(0, len(dataset) - 1, limit).astype(np.int64))  # a set may be sorted by class

@@ -21,6 +21,9 @@ MODEL = Path("models/cifar10/1")
 DOCUMENT = Path("docs/results.md")
 CONFIRMATION = ("embedded", "densenet_cifar10", "densenet_cifar100")
 DEVELOPMENT = ("resnet20", "resnet56")
+SAMPLED = tuple(
+    f"{name}-{kind}" for name in (*CONFIRMATION, *DEVELOPMENT) for kind in ("backward", "lowdim", "lowdim_average")
+)
 TITLES = {
     "embedded": "the embedded ResNet-18, CIFAR-10",
     "densenet_cifar10": "DenseNet-BC-100-12, CIFAR-10",
@@ -52,6 +55,7 @@ def document() -> str:
     parts += ["## Confirmation networks\n", *map(_network, _present(CONFIRMATION))]
     parts += ["## Development networks\n", *map(_network, _present(DEVELOPMENT))]
     parts += ["## ImageNet size: a smoke test\n", *map(_network, _present(("mobilenet_v2",)))]
+    parts += ["## Scores that run a backward pass, on samples\n", *map(_network, _present(SAMPLED))]
     parts += ["## Our forms against the rivals\n", _differences()]
     parts += ["## Our rivals against `pytorch-ood`\n", _rivals()]
     parts += ["## GROOD taken apart\n", _ablations()]
@@ -75,10 +79,10 @@ def _network(name: str) -> str:
     published = tomllib.loads(PUBLISHED.read_text()).get(result["known"], {})
     images = result["images"]
     lines = [
-        f"### {TITLES[name]}",
+        f"### {TITLES[name.partition('-')[0]]}",
         "",
         f"Accuracy {result['accuracy']:.2%} on {images['test']:,} test images; fitted on {images['train']:,}, tuned on "
-        f"{images['tune']:,} images; {result['features']} features.",
+        f"{images['tune']:,} images; {sum(result['ood_images'].values()):,} OOD images; {result['features']} features.",
         "",
         "| score | near AUROC (95 % interval) | far AUROC (95 % interval) | OOD missed at ID 95 %, near / far "
         "| ID flagged at OOD 95 %, near / far | published near / far | its tuning saw OOD |",

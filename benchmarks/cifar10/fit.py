@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the embedded default model from trained weights: fit, calibrate, measure, write.
+"""Make the embedded default model from trained weights: fit, calibrate, measure, write; time and memory are recorded.
 
 python -m benchmarks.cifar10.fit --weights build/cifar10/weights.safetensors --out models/cifar10/1
 """
@@ -7,9 +7,14 @@ python -m benchmarks.cifar10.fit --weights build/cifar10/weights.safetensors --o
 from __future__ import annotations
 
 import argparse
+import json
+import resource
 import sys
+import time
 import tomllib
 from pathlib import Path
+
+import torch
 
 from benchmarks.cifar10.splits import split
 from benchmarks.datasets import CIFAR10_CLASSES, load
@@ -21,6 +26,7 @@ from detector.networks import load_network, parse_spec
 from detector.policy import Policy
 from detector.scores import FitOptions
 
+RESULT = Path("benchmarks/results/fit.json")
 BANK = 5_000  # gradients; keeps the repository small
 FROZEN = Path("benchmarks/accuracy/frozen.toml")
 
@@ -30,6 +36,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("models/cifar10/1"))
     args = parser.parse_args()
+    started = time.monotonic()
     module, spec, preprocessing = load_network(parse_spec("cifar_resnet18"), str(args.weights))
     sets = {
         name: ArrayDataset(images, labels, preprocessing, classes=CIFAR10_CLASSES, source=name)
@@ -50,6 +57,16 @@ def main() -> None:
         source="5,000 CIFAR-10 training images held out of training",
     )
     sys.stdout.write(card(manifest) + "\n")
+    measured = {
+        "model": manifest.model_digest,
+        "images": sum(manifest.splits.values()),
+        "scores": len(manifest.scores),
+        "seconds": round(time.monotonic() - started),
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    RESULT.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

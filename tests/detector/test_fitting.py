@@ -346,6 +346,13 @@ def test_a_fusion_is_the_same_from_its_file(tmp_path: Path) -> None:
     assert np.array_equal(together["fusion"], detector.fitted["fusion"].score(outputs).numpy())
 
 
+def test_two_fits_of_the_same_images_are_the_same_model(tmp_path: Path) -> None:
+    sets = toy_dataset(300, 1), toy_dataset(300, 2)
+    places = [tmp_path / place / "m" / "1" for place in ("here", "there")]
+    twice = [fit(toy_network(), *sets, place, tune=toy_dataset(100, 3), options=OPTIONS) for place in places]
+    assert twice[0].model_digest == twice[1].model_digest
+
+
 def test_a_fit_without_a_tune_split_decides_by_grood(tmp_path: Path) -> None:
     manifest = fit(toy_network(), toy_dataset(300, 1), toy_dataset(300, 2), tmp_path / "m" / "1", options=OPTIONS)
     assert (manifest.policy.score_name, manifest.scores) == ("grood", ("grood", "grood_norm"))
