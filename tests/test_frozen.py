@@ -6,7 +6,7 @@ from __future__ import annotations
 import tomllib
 
 from benchmarks.accuracy import run
-from benchmarks.accuracy.table import document
+from benchmarks.accuracy.table import document, trust
 from detector import fitting
 from detector.scores import FitOptions, Fusion, boundary, fusion, gradient_norm, logit, nearest, rectified, registry
 from tests.helpers import ROOT
@@ -35,3 +35,4 @@ def test_the_code_holds_the_frozen_constants() -> None:
 
 def test_the_results_are_those_that_were_measured() -> None:
     assert document() == (ROOT / "docs" / "results.md").read_text()
+    assert trust() in (ROOT / "docs" / "methods.md").read_text()
