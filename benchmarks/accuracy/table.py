@@ -41,8 +41,8 @@ No OOD image was used to fit, tune or calibrate anything here. The constants tha
 were chosen on two development networks and frozen (`benchmarks/accuracy/frozen.toml`) before the confirmation networks
 were looked at. The OOD sets are samples of their namesakes (Textures: 10 of its 47 classes; scenes: a stand-in for
 Places365; 2,000 images of Tiny-ImageNet, MNIST, SVHN and scenes), so the figures are near the published protocol, not
-on it. One thing changed after the freeze: a defect in the inverse of `rmds` was found on DenseNet and mended; no other row
-depends on it.
+on it. One thing changed after the freeze: a defect in the inverse of `rmds` was found on DenseNet and mended; no other
+row depends on it.
 Published figures are orientation: another ResNet-18 (95.06 %), complete test sets, mean of three training seeds.
 """
 
