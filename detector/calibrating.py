@@ -17,7 +17,7 @@ from torch import Tensor
 from detector import artifact as artifacts, golden
 from detector.artifact import Artifact, CalibrationRecord, Manifest, sorted_ids, without_overlap
 from detector.backbone import Backbone, Precision
-from detector.calibration import acceptance_interval, clopper_pearson, one_per_group
+from detector.calibration import clopper_pearson, one_per_group
 from detector.data import Dataset, Subset
 from detector.detector import Detector, calibration_scores
 from detector.features import Collected, Report, collect, silent
@@ -110,8 +110,7 @@ class Calibrator:
         return {name: 4 * float(np.ptp([view[name] for view in views], axis=0).max()) for name in self.fitted}
 
     def _measure(self, detector: Detector, test: Dataset | None, groups: Sequence[str] | None) -> dict[str, Any]:
-        cut = detector.decider.thresholds[0]
-        summary: dict[str, Any] = {"expected_acceptance_interval": list(acceptance_interval(cut.rank, cut.n))}
+        summary: dict[str, Any] = {"expected_acceptance_interval": list(detector.decider.expected_acceptance())}
         if test is None:
             return summary
         collected = collect(detector.backbone, test, report=self.report)

@@ -21,6 +21,7 @@ from scipy import special
 
 from detector.errors import CalibrationError, TooFewSamples
 
+DRAWS = 100_000  # from a fixed seed, for what has no closed form
 Scores = NDArray[np.float64]
 GuaranteeKind = Literal["pac", "marginal", "simultaneous"]
 
@@ -135,6 +136,17 @@ def acceptance_interval(rank: int, n: int, level: float = 0.95) -> tuple[float, 
     tail = (1 - level) / 2
     quantiles = special.betaincinv(rank, n + 1 - rank, np.array([tail, 1 - tail]))
     return float(quantiles[0]), float(quantiles[1])
+
+
+def mixed_acceptance_interval(cuts: Sequence[Threshold], level: float = 0.95) -> tuple[float, float]:
+    """The same over several groups, weighted by their calibration scores: the mean of independent Betas."""
+    if len(cuts) == 1:
+        return acceptance_interval(cuts[0].rank, cuts[0].n, level)
+    generator = np.random.default_rng(0)
+    total = sum(cut.n for cut in cuts)
+    draws = sum(cut.n / total * generator.beta(cut.rank, cut.n + 1 - cut.rank, DRAWS) for cut in cuts)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def clopper_pearson(accepted: int, total: int, level: float = 0.95) -> tuple[float, float]:

@@ -145,7 +145,7 @@ def fit(
     device: str,
     **preprocessing: Any,
 ) -> None:
-    """Fit GROOD to your own classifier.
+    """Fit OOD scores to your own classifier and calibrate the one that decides.
 
     TRAIN holds the images it was trained on: one folder for each class, or an .npz with `images` and `labels`.
     A fit that is interrupted goes on where it stopped.

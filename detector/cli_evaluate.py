@@ -64,7 +64,10 @@ def evaluate(
 ) -> None:
     """Measure MODEL on in-distribution test images and named OOD sets."""
     if plots and not find_spec("matplotlib"):
-        raise click.UsageError("--plots draws with matplotlib, which is not installed: pip install 'oodgate[plots]'")
+        raise click.UsageError(
+            "--plots draws with matplotlib, which is not installed: add the extra `plots`, in a clone with "
+            ".venv/bin/python -m pip install -c constraints.txt -e '.[plots]'"
+        )
     detector = Detector.load(model, device=device)
     id_test = _same_classes(id_images, detector)
     ood_sets = _ood_sets({"near": near, "far": far, "other": ood}, detector)

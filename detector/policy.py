@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from detector.calibration import Guarantee, Scores, Threshold, exact, p_values, sorted_scores, threshold
+from detector.calibration import (
+    Guarantee,
+    Scores,
+    Threshold,
+    exact,
+    mixed_acceptance_interval,
+    p_values,
+    sorted_scores,
+    threshold,
+)
 from detector.errors import CalibrationError, TooFewSamples
 
 Decision = Literal["accept", "defer"]
@@ -184,6 +193,18 @@ class Decider:
             except TooFewSamples as error:
                 raise TooFewSamples(f"group {group!r}: {error}") from None
         return cuts
+
+    def expected_acceptance(self, level: float = 0.95) -> tuple[float, float]:
+        """Interval that holds the acceptance of this share of calibrations, all groups and both reasons together.
+
+        Groups count by their calibration images. With a second defer reason it is an outer interval: how often both
+        would defer the same image is not known.
+        """
+        reasons = [cuts for cuts in (self.thresholds, self.doubt_thresholds) if cuts]
+        level = 1 - (1 - level) / len(reasons)
+        intervals = [mixed_acceptance_interval(cuts, level) for cuts in reasons]
+        together = 1 - sum(1 - low for low, _ in intervals)
+        return max(0.0, together), min(high for _, high in intervals)
 
     def decide(self, logits: Tensor, scores: Mapping[str, Scores]) -> list[Verdict]:
         """Verdicts for a batch.

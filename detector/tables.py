@@ -67,9 +67,13 @@ def scores_table(result: Row) -> str:
         "id_flag_rate_at_ood95": "ID flagged at OOD 95 %",
     }
     columns = [(group, key, f"{group}: {title}") for key, title in titles.items() for group in ("near", "far")]
+    columns = [column for column in columns if any(row[column[0]] for row in result["scores"].values())]
+    others = [name for name, decision in result["decisions"].items() if decision["group"] == "other"]
+    columns += [(name, key, f"{name}: {title}") for name in others for key, title in titles.items()]
     lines = [f"| score | {' | '.join(title for _, _, title in columns)} |", "|---|" + "---:|" * len(columns)]
     for name, row in result["scores"].items():
-        cells = [_percent(row[group].get(key)) for group, key, _ in columns]
+        known = row["ood"] | {group: row[group] for group in ("near", "far")}
+        cells = [_percent(known[group].get(key)) for group, key, _ in columns]
         lines.append(f"| {' | '.join([f'`{name}`', *cells])} |")
     return "\n".join(lines)
 

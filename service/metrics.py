@@ -10,7 +10,6 @@ from prometheus_client.gc_collector import GCCollector
 
 from detector import __version__
 from detector.artifact import Manifest
-from detector.calibration import acceptance_interval
 from detector.policy import Decider, Reason, Verdict
 
 STAGES = ("read", "decode", "queue", "forward", "score", "respond")
@@ -106,12 +105,12 @@ class Metrics:
         score = decider.policy.score_name
         model = (manifest.name, manifest.version)
         cuts = decider.thresholds
-        intervals = [acceptance_interval(cut.rank, cut.n) for cut in cuts]
+        low, high = decider.expected_acceptance()
         self.threshold.labels(*model, score).set(max(cut.value for cut in cuts))
         self.calibration_samples.labels(*model, score).set(sum(cut.n for cut in cuts))
         self.target.labels(*model, score).set(decider.policy.target_id_acceptance)
-        self.acceptance_lower.labels(*model, score).set(min(low for low, _ in intervals))
-        self.acceptance_upper.labels(*model, score).set(max(high for _, high in intervals))
+        self.acceptance_lower.labels(*model, score).set(low)
+        self.acceptance_upper.labels(*model, score).set(high)
         self.calibrated.labels(*model, score).set(manifest.calibration.timestamp)
         self.model_ready.labels(*model).set(1)
         network = f"{manifest.network.kind}:{manifest.network.name}".rstrip(":")

@@ -10,7 +10,6 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from detector.artifact import Manifest
-from detector.calibration import acceptance_interval
 from detector.policy import Decision, Reason
 from service.engine import Answer, ServedModel
 
@@ -146,8 +145,6 @@ def model_card(model: ServedModel) -> ModelCard:
     """What a model is, what calibrated it and what that promises."""
     manifest, decider = model.detector.manifest, model.decider
     backbone = model.detector.backbone
-    intervals = [acceptance_interval(cut.rank, cut.n) for cut in decider.thresholds]
-    interval = (min(low for low, _ in intervals), max(high for _, high in intervals))
     return ModelCard(
         name=manifest.name,
         version=manifest.version,
@@ -165,7 +162,7 @@ def model_card(model: ServedModel) -> ModelCard:
             timestamp=manifest.calibration.timestamp,
             target_id_acceptance=decider.policy.target_id_acceptance,
             guarantee=decider.policy.guarantee.model_dump(),
-            expected_acceptance_interval=interval,
+            expected_acceptance_interval=decider.expected_acceptance(),
             promise=promise(manifest, decider.calibration.grouping.names),
         ),
         forward=ForwardBody(device=str(backbone.device), precision=backbone.precision, mode="eager", settled=True),

@@ -53,18 +53,21 @@ def main() -> None:
     parser.add_argument("--backward", action="store_true", help="also those of one backward pass an image; use --limit")
     parser.add_argument("--limit", type=int, help="images of each set, for a trial or for scores of many passes")
     parser.add_argument("--train", type=int, help="training images; default: as --limit, or all there are to be")
+    parser.add_argument("--lowdim-parameters", nargs="*", default=(), help="prefixes; default: all parameters")
     parser.add_argument("--out", help="name of the result; default: the network's")
     args = parser.parse_args()
     backbone, sets, known = _network(args.network, args.limit, args.train or args.limit)
     names = (*args.scores, *(ONE_PASS if args.backward else ()))
     started = time.monotonic()
-    scores, refused = _fitted(names, backbone, sets)
+    options = FitOptions(num_classes=backbone.num_classes, lowdim_parameters=tuple(args.lowdim_parameters))
+    scores, refused = _fitted(names, backbone, sets, options)
     result = {
         "network": args.network,
         "known": known,
         "features": backbone.weight.shape[1],
         "images": {part: len(getattr(sets, part)) for part in ("train", "tune", "test")},
         "torch": torch.__version__,
+        "lowdim_parameters": list(options.lowdim_parameters),
         "refused": refused,
     }
     result |= measure(scores, backbone, sets)
@@ -91,9 +94,10 @@ def measure(scores: Mapping[str, Score], backbone: Backbone, sets: Sets) -> dict
     }
 
 
-def _fitted(names: Sequence[str], backbone: Backbone, sets: Sets) -> tuple[dict[str, Score], dict[str, str]]:
+def _fitted(
+    names: Sequence[str], backbone: Backbone, sets: Sets, options: FitOptions
+) -> tuple[dict[str, Score], dict[str, str]]:
     """The fitted scores, and why others refused this network."""
-    options = FitOptions(num_classes=backbone.num_classes)
     usable, refused = [], {}
     for name in names:
         reason = _refusal(name, backbone, sets, options)

@@ -184,7 +184,7 @@ def test_plots_without_matplotlib_say_what_to_install(
     monkeypatch.setattr("detector.cli_evaluate.find_spec", lambda name: None)
     result = oodgate("evaluate", fitted, "--id", material / "test.npz", "--plots", tmp_path)
     assert result.exit_code == 2
-    assert "pip install 'oodgate[plots]'" in result.output
+    assert "pip install -c constraints.txt -e '.[plots]'" in result.output
 
 
 def test_calibrate_writes_the_next_version_and_keeps_groups_whole(fitted: Path, material: Path) -> None:

@@ -181,6 +181,19 @@ def test_thresholds_for_each_class_need_a_tune_set(tmp_path: Path) -> None:
         )
 
 
+def test_thresholds_for_each_class_that_all_merge_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TooFewSamples, match=r"no class can have a threshold of its own: that takes \d+ tune images"):
+        fit(
+            toy_network(),
+            toy_dataset(200, 1),
+            toy_dataset(400, 2),
+            tmp_path / "m" / "1",
+            tune=toy_dataset(40, 3),
+            options=OPTIONS,
+            per_class=True,
+        )
+
+
 def test_two_precisions_are_calibrated_apart(tmp_path: Path) -> None:
     path = tmp_path / "m" / "1"
     fit(toy_network(), toy_dataset(100, 1), toy_dataset(300, 2), path, options=OPTIONS, precisions=("fp32", "bf16"))

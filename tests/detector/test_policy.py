@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from detector.calibration import Guarantee
+from detector.calibration import Guarantee, Threshold, acceptance_interval, mixed_acceptance_interval
 from detector.errors import CalibrationError, TooFewSamples
 from detector.policy import DOUBT, CalibrationScores, Decider, Grouping, Policy, doubt
 
@@ -131,3 +131,20 @@ def test_a_score_that_is_no_number_defers() -> None:
 def test_an_unknown_score_is_refused_with_those_there_are() -> None:
     with pytest.raises(CalibrationError, match="grood, grood_norm"):
         Decider(Policy(score_name="magic"), calibration(), NAMES)
+
+
+def test_the_expected_acceptance_counts_both_reasons_and_all_groups() -> None:
+    one = Decider(Policy(), calibration(), NAMES).expected_acceptance()
+    cut = Decider(Policy(), calibration(), NAMES).thresholds[0]
+    assert one == acceptance_interval(cut.rank, cut.n)
+    both = Decider(Policy(alpha_conf=0.025), calibration(), NAMES)
+    low, high = both.expected_acceptance()
+    assert low < acceptance_interval(both.thresholds[0].rank, both.thresholds[0].n)[0]
+    assert high <= acceptance_interval(both.thresholds[0].rank, both.thresholds[0].n, 0.975)[1]
+
+
+def test_the_mean_of_groups_varies_less_than_one_of_them() -> None:
+    cut = Threshold(0.0, 477, 500)
+    alone, together = mixed_acceptance_interval([cut]), mixed_acceptance_interval([cut] * 10)
+    assert alone[0] < together[0] < together[1] < alone[1]
+    assert sum(together) / 2 == pytest.approx(477 / 501, abs=1e-3)
