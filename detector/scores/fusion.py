@@ -23,6 +23,7 @@ from detector.errors import ScoreError
 from detector.scores.base import FitOptions, Score, State, register
 
 TAIL = 0.1  # of the tune scores give the slope of each tail
+STEEPEST = 1e200
 
 
 def score_all(scores: Mapping[str, Score], names: Sequence[str], outputs: Outputs) -> dict[str, Tensor]:
@@ -156,4 +157,6 @@ def _tails(distinct: int) -> tuple[slice, slice]:
 
 def _slope(scores: NDArray[np.float64], normal: NDArray[np.float64], part: slice) -> float:
     rise, run = np.ptp(normal[part]), np.ptp(scores[part])
-    return float(rise / run) if rise > 0 and run > 0 else 1.0
+    if not (rise > 0 and run > 0):
+        return 1.0
+    return float(rise / max(run, rise / STEEPEST))  # scores that nearly underflow differ by almost nothing

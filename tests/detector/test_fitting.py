@@ -188,7 +188,7 @@ def test_thresholds_for_each_class_that_all_merge_are_refused(tmp_path: Path) ->
             toy_dataset(200, 1),
             toy_dataset(400, 2),
             tmp_path / "m" / "1",
-            tune=toy_dataset(40, 3),
+            tune=toy_dataset(240, 3),
             options=OPTIONS,
             per_class=True,
         )

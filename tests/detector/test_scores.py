@@ -572,6 +572,13 @@ def test_the_map_of_constant_tune_scores_still_increases() -> None:
     assert z.tolist() == [-1.0, 0.0, 1.0]
 
 
+def test_the_map_stays_finite_where_tune_scores_nearly_underflow() -> None:
+    tune = np.concatenate([np.linspace(1, 50, 50) * 1e-312, np.linspace(0.1, 1, 50)])
+    z = NormalMap.fit(tune)(torch.tensor([0.0, 1e-311, 0.5, 10.0], dtype=torch.float64))
+    assert torch.isfinite(z).all()
+    assert bool((z.diff() > 0).all())
+
+
 def test_a_fusion_without_a_member_names_it(fitted: dict[str, Score]) -> None:
     with pytest.raises(ScoreError, match=Fusion.members[0]):
         Fusion(OPTIONS).bind({name: score for name, score in fitted.items() if name != Fusion.members[0]})
