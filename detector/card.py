@@ -28,6 +28,10 @@ def card(manifest: Manifest) -> str:
         f"promise      accepts {policy.target_id_acceptance:.1%} of such images or more, {promise};",
         f"             95 % of calibrations give between {low:.2%} and {high:.2%}",
     ]
+    if manifest.group_names == ("other",):
+        lines.append("thresholds   one for all classes: no class had enough tune images for a threshold of its own")
+    elif len(manifest.group_names) > 1:
+        lines.append(f"thresholds   by predicted class: {', '.join(manifest.group_names)}")
     measured = manifest.report.get("id")
     if measured:
         accuracy = "" if measured["accuracy"] is None else f"accuracy {measured['accuracy']:.2%}, "

@@ -17,7 +17,7 @@ from detector.backbone import Backbone, Precision
 from detector.calibrating import Calibrator, now
 from detector.calibration import calibration_rank, class_groups, exact, smallest_sample
 from detector.data import Dataset, Subset, batches
-from detector.errors import ArtifactError, CalibrationError, ClassOrderMismatch, DataError, ScoreError, TooFewSamples
+from detector.errors import ArtifactError, CalibrationError, ClassOrderMismatch, DataError, ScoreError
 from detector.features import Collected, Report, collect, fit_scores, silent, tune_scores
 from detector.images import Preprocessing
 from detector.networks import NetworkSpec, export_network
@@ -305,11 +305,4 @@ def _groups(policy: Policy, class_names: Sequence[str], tuned: Collected) -> Gro
     delta = policy.guarantee.delta / len(class_names)
     minimum = 2 * smallest_sample(alpha, policy.guarantee.model_copy(update={"delta": delta}))
     predicted = tuned.outputs.logits.argmax(1).cpu().numpy()
-    grouping = Grouping.by_class(class_groups(predicted, len(class_names), minimum), class_names)
-    if len(grouping.names) == 1:
-        most = int(np.bincount(predicted, minlength=len(class_names)).max())
-        raise TooFewSamples(
-            f"no class can have a threshold of its own: that takes {minimum} tune images predicted as it, and the most "
-            f"frequent has {most}. Give more tune images, or leave the thresholds for each class away"
-        )
-    return grouping
+    return Grouping.by_class(class_groups(predicted, len(class_names), minimum), class_names)

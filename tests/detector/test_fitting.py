@@ -13,6 +13,7 @@ from torch import nn
 from detector import Detector, artifact as artifacts, calibrate, evaluate, fit
 from detector.backbone import Backbone
 from detector.calibration import Guarantee, clopper_pearson
+from detector.card import card
 from detector.cifar_resnet import CifarResNet18
 from detector.data import ArrayDataset
 from detector.errors import (
@@ -181,17 +182,13 @@ def test_thresholds_for_each_class_need_a_tune_set(tmp_path: Path) -> None:
         )
 
 
-def test_thresholds_for_each_class_that_all_merge_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TooFewSamples, match=r"no class can have a threshold of its own: that takes \d+ tune images"):
-        fit(
-            toy_network(),
-            toy_dataset(200, 1),
-            toy_dataset(400, 2),
-            tmp_path / "m" / "1",
-            tune=toy_dataset(240, 3),
-            options=OPTIONS,
-            per_class=True,
-        )
+def test_the_card_says_which_classes_have_a_threshold_of_their_own(tmp_path: Path) -> None:
+    sets = toy_dataset(200, 1), toy_dataset(400, 2), tmp_path / "m" / "1"
+    manifest = fit(toy_network(), *sets, tune=toy_dataset(240, 3), options=OPTIONS, per_class=True)
+    assert manifest.group_names == ("other",)
+    assert "no class had enough tune images for a threshold of its own" in card(manifest)
+    named = card(manifest.model_copy(update={"group_names": ("red", "other")}))
+    assert "thresholds   by predicted class: red, other" in named
 
 
 def test_two_precisions_are_calibrated_apart(tmp_path: Path) -> None:
