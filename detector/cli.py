@@ -73,6 +73,12 @@ ALPHA_CONF = click.option(
 )
 
 
+def _bank_size(_: click.Context, __: click.Parameter, text: str) -> int | None:
+    if text != "all" and not (text.isdigit() and int(text)):
+        raise click.UsageError(f"--bank-size {text!r} must be a number above 0, or `all`")
+    return None if text == "all" else int(text)
+
+
 @click.group(cls=Commands)
 @click.version_option(package_name="oodgate")
 def main() -> None:
@@ -98,7 +104,9 @@ main.add_command(evaluate)
 @click.option("--mean", type=float, nargs=3, help="Per channel, pixels scaled to 0-1.  [the library's]")
 @click.option("--std", type=float, nargs=3, help="Per channel, pixels scaled to 0-1.  [the library's]")
 @click.option("--interpolation", type=click.Choice(["bilinear", "bicubic", "nearest"]))
-@click.option("--bank-size", default="10000", show_default=True, help="Training gradients kept, or `all`.")
+@click.option(
+    "--bank-size", default="10000", show_default=True, callback=_bank_size, help="Training gradients kept, or `all`."
+)
 @click.option("--early-layer", help="Layer the mix-up resumes from.  [layer1 or the like]")
 @click.option("--score", "score_name", help="The score that decides.  [fusion with --tune, else grood]")
 @click.option(
@@ -129,7 +137,7 @@ def fit(
     weights: str | None,
     classes_file: Path | None,
     out: Path,
-    bank_size: str,
+    bank_size: int | None,
     early_layer: str | None,
     score_name: str | None,
     also: tuple[str, ...],
@@ -165,8 +173,6 @@ def fit(
     }
     calibration_set = held_out["calibration"]
     assert calibration_set is not None
-    if bank_size != "all" and not (bank_size.isdigit() and int(bank_size)):
-        raise click.UsageError(f"--bank-size {bank_size!r} must be a number above 0, or `all`")
     total = len(training) + sum(len(part) for part in held_out.values() if part is not None)
     with progress(total, "fitting") as report:
         manifest = fitting.fit(
@@ -177,7 +183,7 @@ def fit(
             tune=held_out["tune"],
             test=held_out["test"],
             options=FitOptions(
-                bank_size=None if bank_size == "all" else int(bank_size),
+                bank_size=bank_size,
                 generator=ood_prototype,
                 ood_images=None if ood_images is None else _pixels(open_dataset(ood_images, prepared)),
             ),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,9 +102,7 @@ def fit(
     _refuse_early(out, calibration, tune, policy, names, per_class=per_class)
     if half_weights:
         round_to_half(network.module)
-    export = network.archive
-    if network.spec is None and export is None:
-        export = export_network(network.module, network.preprocessing)
+    export = _export(network)
     backbone = Backbone(network.module, network.preprocessing, early=network.early, device=device)
     class_names = _class_names(network, backbone)
     accuracy = check_class_order(backbone, train, class_names)
@@ -114,12 +113,9 @@ def fit(
     splits = {"fit": sorted_ids(fit_ids)}
     grouping = Grouping.single(backbone.num_classes)
     if tune is not None:
-        tuned = collect(backbone, tune, report=report)
-        tuned = tuned[without_overlap(tuned.ids, splits, "tune")[0]]
-        splits["tune"] = sorted_ids(tuned.ids)
+        tuned = _tune_split(backbone, tune, splits, report)
         tune_scores(fitted, tuned)
-        if per_class:
-            grouping = _groups(policy, class_names, tuned)
+        grouping = _groups(policy, class_names, tuned) if per_class else grouping
     artifact = Artifact(
         manifest=Manifest(
             name=out.parent.name,
@@ -145,10 +141,23 @@ def fit(
         splits=splits,
     )
     written = Calibrator(artifact, backbone, fitted, report).run(calibration, out, source=source, test=test)
-    for path in workdir.iterdir():
-        path.unlink()
-    workdir.rmdir()
+    shutil.rmtree(workdir)
     return written
+
+
+def _export(network: Network) -> bytes | None:
+    """What the artifact carries where no spec rebuilds the network."""
+    if network.archive is None and network.spec is None:
+        return export_network(network.module, network.preprocessing)
+    return network.archive
+
+
+def _tune_split(backbone: Backbone, tune: Dataset, splits: dict[str, Tensor], report: Report) -> Collected:
+    """The tune images that nothing was fitted on, which become a split of their own."""
+    tuned = collect(backbone, tune, report=report)
+    tuned = tuned[without_overlap(tuned.ids, splits, "tune")[0]]
+    splits["tune"] = sorted_ids(tuned.ids)
+    return tuned
 
 
 def default_scores(*, tuned: bool) -> tuple[str, ...]:

@@ -22,8 +22,8 @@ from benchmarks.accuracy.features import LAYERS, SHARES, Features, features
 from benchmarks.accuracy.fitting import fitted, group_means
 from detector.backbone import Backbone
 from detector.evaluation import auroc
-from detector.scores.grood import Whitened, exact_distances
-from detector.scores.nearest import NEIGHBOURS, unit_rows
+from detector.scores.grood import Whitened
+from detector.scores.nearest import NEIGHBOURS, exact_distances, unit_rows
 
 RESULTS = Path("benchmarks/accuracy/results")
 BANKS = (100, 300, 1_000, 3_000, 10_000, 20_000)

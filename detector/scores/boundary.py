@@ -11,6 +11,7 @@ from torch import Tensor
 from detector.backbone import Backbone, Outputs
 from detector.scores.base import Gatherer, Score, State, register
 from detector.scores.gather import ClassSums
+from detector.scores.nearest import exact_distances
 
 NCI_ALPHA = 1e-3
 TINY = torch.finfo(torch.float32).tiny
@@ -42,7 +43,7 @@ class Fdbd(CentredScore):
 
     def _attach(self, backbone: Backbone) -> None:
         weight = backbone.weight.double()
-        self._between = torch.cdist(weight, weight, compute_mode="donot_use_mm_for_euclid_dist").clamp_min(TINY)
+        self._between = exact_distances(weight, weight).clamp_min(TINY)
 
     def _score(self, outputs: Outputs) -> Tensor:
         logits = outputs.logits.double()

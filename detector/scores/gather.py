@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 from typing import ClassVar, Self
 
@@ -82,14 +83,11 @@ class Scatter(Gatherer):
         return _symmetric(covariance + torch.outer(mean - centre, mean - centre))
 
 
-class Features(Gatherer):
-    """Features of at most `bank_size` training images, balanced over the classes, those with the smallest ids."""
+class Rows(Gatherer):
+    """Rows of some training images, balanced over the classes, those with the smallest ids."""
 
     def __init__(self, options: FitOptions) -> None:
         self.rows = Reservoir(_per_class(options.bank_size, options))
-
-    def add(self, outputs: Outputs, labels: Tensor) -> None:
-        self.rows.add(known_ids(outputs), labels, features=outputs.penultimate)
 
     def merge(self, other: Self) -> None:
         self.rows.merge(other.rows)
@@ -100,12 +98,23 @@ class Features(Gatherer):
     def restore(self, progress: State) -> None:
         _refill(self.rows, progress)
 
-    def features(self) -> Tensor:
-        """float32 [B, D], ordered by class, then id; EmptyClass where there was no image."""
+    def kept(self) -> State:
+        """The rows by name, ordered by class, then id; EmptyClass where there was no image."""
         rows = self.rows.rows()
         if not rows:
             raise EmptyClass("no training image was seen")
-        return rows["features"]
+        return rows
+
+
+class Features(Rows):
+    """Features of at most `bank_size` training images."""
+
+    def add(self, outputs: Outputs, labels: Tensor) -> None:
+        self.rows.add(known_ids(outputs), labels, features=outputs.penultimate)
+
+    def features(self) -> Tensor:
+        """float32 [B, D], ordered by class, then id; EmptyClass where there was no image."""
+        return self.kept()["features"]
 
 
 class CorrectFeatures(Features):
@@ -181,7 +190,7 @@ class EarlyMaps(Gatherer):
         return total / len(rows["ids"])
 
 
-class Images(Gatherer):
+class Images(Rows):
     """At most `bank_size` training images themselves, uint8, for scores whose fit runs the network again."""
 
     needs: ClassVar[Needs] = Needs(inputs=True)
@@ -189,27 +198,16 @@ class Images(Gatherer):
 
     def __init__(self, options: FitOptions) -> None:
         sizes = [size for size in (options.bank_size, self.limit) if size is not None]
-        self.rows = Reservoir(_per_class(min(sizes) if sizes else None, options))
+        super().__init__(replace(options, bank_size=min(sizes, default=None)))
 
     def add(self, outputs: Outputs, labels: Tensor) -> None:
         if outputs.inputs is None:
             raise ScoreError("this score is fitted from outputs that carry the images")
         self.rows.add(known_ids(outputs), labels, images=outputs.inputs)
 
-    def merge(self, other: Self) -> None:
-        self.rows.merge(other.rows)
-
-    def progress(self) -> State:
-        return dict(self.rows.rows())
-
-    def restore(self, progress: State) -> None:
-        _refill(self.rows, progress)
-
     def images(self) -> tuple[Tensor, Tensor]:
         """uint8 [B, H, W, 3] and labels int64 [B]; EmptyClass where there was no image."""
-        rows = self.rows.rows()
-        if not rows:
-            raise EmptyClass("no training image was seen")
+        rows = self.kept()
         return rows["images"], rows["labels"]
 
 

@@ -15,6 +15,7 @@ from detector.backbone import Backbone, Outputs
 from detector.scores.base import Gatherer, Score, State, register
 from detector.scores.gather import ClassSums, Features, Scatter
 from detector.scores.logit import energy
+from detector.scores.nearest import exact_distances
 
 SMALLEST_SINGULAR = 1e-5  # of W, relative to the largest; weight decay leaves the mean of its rows near zero
 SMALLEST_EIGENVALUE = 1e-7  # relative to the largest; float32 features carry no direction below it
@@ -28,11 +29,6 @@ def whitening(covariance: Tensor) -> Tensor:
         return torch.zeros(len(values), 1, dtype=torch.float64)
     transform: Tensor = vectors[:, kept] / values[kept].sqrt()
     return transform
-
-
-def squared_distances(rows: Tensor, centres: Tensor) -> Tensor:
-    """Squared Euclidean distances, float64 [N, C], without the cancellation of the matrix-product shortcut."""
-    return torch.cdist(rows, centres, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 @register
@@ -72,7 +68,7 @@ class Mds(Score):
         self._centres = self.prototypes.double() @ self._transform
 
     def _score(self, outputs: Outputs) -> Tensor:
-        return squared_distances(outputs.penultimate.double() @ self._transform, self._centres).amin(dim=1)
+        return exact_distances(outputs.penultimate.double() @ self._transform, self._centres).amin(dim=1).square()
 
 
 @register

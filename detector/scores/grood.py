@@ -23,10 +23,10 @@ from detector.backbone import Backbone, Outputs
 from detector.errors import ScoreError
 from detector.scores.base import Gatherer, Score, State, register
 from detector.scores.gather import ClassSums, CorrectFeatures, EarlyMaps, Scatter
+from detector.scores.nearest import CHUNK_CELLS, exact_distances
 
 CANDIDATES = 16  # found in float32, then measured in float64
 ROUNDING = 1e-5  # of a squared distance in float32, in units of the squared gradient
-CHUNK_CELLS = 2**22  # queries x bank rows held at a time
 SAFE_NORM = 1e-30  # a float32 gradient this short still has its direction
 GENERATORS = ("mixup", "noise", "prototype_mean", "images")
 OUR_MIXUP = 0.8  # lambda of our own forms
@@ -52,11 +52,6 @@ def grood_gradient(features: Tensor, prototypes: Tensor, ood_prototype: Tensor) 
     log_pi = torch.log_softmax(-distances, dim=1)[:, -1]
     direction = (h - q) / distances[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
     return direction, log_pi
-
-
-def exact_distances(rows: Tensor, anchors: Tensor) -> Tensor:
-    """Euclidean distances [N, A]; the matrix-product shortcut loses the digits that near-zero gradients live on."""
-    return torch.cdist(rows, anchors, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def gradient_bank(features: Tensor, prototypes: Tensor, ood_prototype: Tensor) -> Tensor:

@@ -19,14 +19,14 @@ from detector.errors import EmptyClass
 from detector.scores.base import Gatherer, Score, State, register
 from detector.scores.gather import Features
 from detector.scores.logit import energy
-from detector.scores.subspace import Blocks, Subspace, Whitened, class_averages, principal, refuse_large
+from detector.scores.nearest import CHUNK_CELLS, unit_rows
+from detector.scores.subspace import Blocks, Subspace, WhitenedRows, class_averages, principal, refuse_large
 
 COLUMNS = 200
 LARGEST_PCA = 200_000  # entries of a last-layer gradient; beyond, class averages
 BLOCK_CELLS = 2**24  # of gradient entries held at a time
 EPOCHS, BATCH, RATE, MOMENTUM, DECAY = 10, 128, 0.1, 0.9, 5e-4
 NEIGHBOURS, CANDIDATES = 5, 16  # found in float32, then measured in float64
-CHUNK_CELLS = 2**22  # queries x bank rows held at a time
 
 
 class LowDimScore(Score):
@@ -65,11 +65,11 @@ class Neighbours(LowDimScore):
     bank: Tensor
 
     def _finish(self, space: Subspace, labels: Tensor) -> State:
-        return {"basis": space.basis, "offset": space.offset, "bank": _unit(space.rows).float()}
+        return {"basis": space.basis, "offset": space.offset, "bank": unit_rows(space.rows).float()}
 
     def _rank(self, rows: Tensor) -> Tensor:
         queries = max(1, CHUNK_CELLS // len(self.bank))
-        return torch.cat([self._distance(part) for part in torch.split(_unit(rows), queries)])
+        return torch.cat([self._distance(part) for part in torch.split(unit_rows(rows), queries)])
 
     def _distance(self, queries: Tensor) -> Tensor:
         wanted = min(NEIGHBOURS, len(self.bank))
@@ -90,16 +90,17 @@ class LowDimLast(LowDimScore):
     gathers: ClassVar[tuple[type[Gatherer], ...]] = (Features,)
 
     def _fit(self, backbone: Backbone) -> State:
-        features, labels = self.got(Features).features(), self.got(Features).rows.rows()["labels"]
+        rows = self.got(Features).kept()
+        features, labels = rows["features"], rows["labels"]
         need_all_classes(labels, self.options.num_classes)
         weight, bias = backbone.weight.cpu(), backbone.bias.cpu()
         size = len(weight) * (weight.shape[1] + 1)
         columns = min(COLUMNS, len(labels)) if size <= LARGEST_PCA else len(weight)
         refuse_large(size, columns, "Use a score that does not grow with the classes times the features.")
-        rows = Whitened(last_layer_blocks(features, weight, bias))
+        gradients = WhitenedRows(last_layer_blocks(features, weight, bias))
         if size <= LARGEST_PCA:
-            return self._finish(principal(rows, columns), labels)
-        return self._finish(class_averages(rows, labels, len(weight)), labels)
+            return self._finish(principal(gradients, columns), labels)
+        return self._finish(class_averages(gradients, labels, len(weight)), labels)
 
     def _score(self, outputs: Outputs) -> Tensor:
         p, h = torch.softmax(outputs.logits.double(), dim=1), extended(outputs.penultimate)
@@ -182,7 +183,3 @@ def _folded(norm: nn.BatchNorm1d, linear: nn.Linear) -> tuple[Tensor, Tensor]:
         weight = linear.weight.double() * scale
         bias = linear.bias.double() + linear.weight.double() @ norm.bias.double() - weight @ mean.double()
         return weight.float(), bias.float()
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return nn.functional.normalize(rows.double(), dim=1, eps=1e-10)

@@ -15,7 +15,7 @@ from detector.scores.backward import BackwardScore, SampleGradients
 from detector.scores.base import Gatherer, State, register
 from detector.scores.gather import Images
 from detector.scores.lowdim import COLUMNS, LowDimScore, Neighbours, need_all_classes
-from detector.scores.subspace import Subspace, Whitened, class_averages, principal, refuse_large
+from detector.scores.subspace import Subspace, WhitenedRows, class_averages, principal, refuse_large
 
 
 class LowDimImages(Images):
@@ -49,7 +49,7 @@ class LowDim(BackwardScore, LowDimScore):
         def blocks() -> Iterator[Tensor]:
             return gradients.rows(images, _free_energy)
 
-        return {"parameters": chosen} | self._finish(self._subspace(Whitened(blocks), labels), labels)
+        return {"parameters": chosen} | self._finish(self._subspace(WhitenedRows(blocks), labels), labels)
 
     def _attach(self, backbone: Backbone) -> None:
         super()._attach(backbone)
@@ -65,7 +65,7 @@ class LowDim(BackwardScore, LowDimScore):
     def _advice(self) -> str:
         return "Choose parameter groups with FitOptions.lowdim_parameters, or fit lowdim_average, a smaller basis."
 
-    def _subspace(self, rows: Whitened, labels: Tensor) -> Subspace:
+    def _subspace(self, rows: WhitenedRows, labels: Tensor) -> Subspace:
         return principal(rows, COLUMNS)
 
 
@@ -89,7 +89,7 @@ class LowDimAverage(LowDim):
     def _advice(self) -> str:
         return "Choose parameter groups with FitOptions.lowdim_parameters."
 
-    def _subspace(self, rows: Whitened, labels: Tensor) -> Subspace:
+    def _subspace(self, rows: WhitenedRows, labels: Tensor) -> Subspace:
         return class_averages(rows, labels, self.options.num_classes)
 
 

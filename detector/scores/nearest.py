@@ -46,3 +46,8 @@ class Knn(Score):
 def unit_rows(rows: Tensor) -> Tensor:
     """Rows scaled to length one, float64; a row of zeros stays."""
     return torch.nn.functional.normalize(rows.double(), dim=1, eps=1e-10)
+
+
+def exact_distances(rows: Tensor, anchors: Tensor) -> Tensor:
+    """Euclidean distances [N, A]; the matrix-product shortcut loses the digits that near-zero gradients live on."""
+    return torch.cdist(rows, anchors, compute_mode="donot_use_mm_for_euclid_dist")

@@ -36,7 +36,7 @@ class Subspace:
     rows: Tensor
 
 
-class Whitened:
+class WhitenedRows:
     """Rows g that are whitened by the diagonal of their covariance: (g - mean) / standard deviation, entry by entry.
 
     An entry that does not vary carries nothing and becomes zero.
@@ -91,7 +91,7 @@ class Whitened:
         return Subspace(basis, offset.float(), rows)
 
 
-def principal(rows: Whitened, columns: int) -> Subspace:
+def principal(rows: WhitenedRows, columns: int) -> Subspace:
     """The first principal directions of the rows, at most `columns` and no more than their rank, at least one.
 
     One randomised block sketch and two power passes; three times the basis is held.
@@ -108,7 +108,7 @@ def principal(rows: Whitened, columns: int) -> Subspace:
     return rows.subspace(found @ axes, coordinates @ axes)
 
 
-def class_averages(rows: Whitened, labels: Tensor, classes: int) -> Subspace:
+def class_averages(rows: WhitenedRows, labels: Tensor, classes: int) -> Subspace:
     """The directions of the mean row of each class, each of length one, not orthogonal."""
     members = torch.nn.functional.one_hot(labels, classes).double()
     means = rows.combined((members / members.sum(dim=0).clamp_min(1)).float())

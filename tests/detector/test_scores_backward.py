@@ -20,7 +20,7 @@ from detector.scores import FitOptions, Score, registry
 from detector.scores.gaia import GaiaA, GaiaZ, batch_norms, late_batch_norms, output_gradient
 from detector.scores.lowdim import LowDimLast, LowDimLastKnn, last_layer_blocks, train_probe
 from detector.scores.nac import PARAMETERS, Nac, thresholds
-from detector.scores.subspace import LARGEST, Whitened, class_averages, principal, refuse_large
+from detector.scores.subspace import LARGEST, WhitenedRows, class_averages, principal, refuse_large
 from tests.helpers import TOY_CLASSES, toy_images
 
 CLASSES = len(TOY_CLASSES)
@@ -444,7 +444,7 @@ def gradients(count: int = 60, size: int = 40) -> Tensor:
 
 
 def test_whitened_rows_have_mean_zero_and_variance_one() -> None:
-    rows = torch.cat(list(Whitened(lambda: iter(torch.split(gradients(), 7)))))
+    rows = torch.cat(list(WhitenedRows(lambda: iter(torch.split(gradients(), 7)))))
     assert torch.allclose(rows.mean(dim=0), torch.zeros(40), atol=1e-5)
     assert torch.allclose(rows.var(dim=0, correction=0), torch.ones(40), rtol=1e-4)
 
@@ -452,12 +452,12 @@ def test_whitened_rows_have_mean_zero_and_variance_one() -> None:
 def test_entries_that_do_not_vary_become_zero() -> None:
     constant = gradients()
     constant[:, 3] = 0.7
-    rows = torch.cat(list(Whitened(lambda: iter([constant]))))
+    rows = torch.cat(list(WhitenedRows(lambda: iter([constant]))))
     assert not rows[:, 3].any()
 
 
 def test_the_sketch_finds_the_principal_directions() -> None:
-    rows = Whitened(lambda: iter(torch.split(gradients(), 7)))
+    rows = WhitenedRows(lambda: iter(torch.split(gradients(), 7)))
     whitened = torch.cat(list(rows)).double()
     exact = torch.linalg.svdvals(whitened)[:6]
     found = torch.linalg.svdvals(principal(rows, 6).rows.double())
@@ -465,18 +465,18 @@ def test_the_sketch_finds_the_principal_directions() -> None:
 
 
 def test_coordinates_are_those_of_the_raw_gradient() -> None:
-    space = principal(Whitened(lambda: iter(torch.split(gradients(), 7))), 6)
+    space = principal(WhitenedRows(lambda: iter(torch.split(gradients(), 7))), 6)
     assert torch.allclose(gradients() @ space.basis - space.offset, space.rows, atol=1e-4)
 
 
 def test_there_are_no_more_directions_than_the_rank() -> None:
     generator = torch.Generator().manual_seed(2)
     low = torch.randn(60, 3, generator=generator) @ torch.randn(3, 40, generator=generator)
-    assert principal(Whitened(lambda: iter([low])), 20).rows.shape[1] == 3
+    assert principal(WhitenedRows(lambda: iter([low])), 20).rows.shape[1] == 3
 
 
 def test_class_averages_are_of_length_one() -> None:
-    rows, labels = Whitened(lambda: iter(torch.split(gradients(), 7))), torch.arange(60) % 3
+    rows, labels = WhitenedRows(lambda: iter(torch.split(gradients(), 7))), torch.arange(60) % 3
     whitened = torch.cat(list(rows))
     means = torch.stack([nn.functional.normalize(whitened[labels == label].mean(dim=0), dim=0) for label in range(3)])
     assert torch.allclose(class_averages(rows, labels, 3).rows, whitened @ means.T, atol=1e-4)
