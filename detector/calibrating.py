@@ -22,9 +22,10 @@ from detector.data import Dataset, Subset
 from detector.detector import Detector, calibration_scores
 from detector.features import Collected, Report, collect, silent
 from detector.policy import DOUBT, CalibrationScores, Grouping, Policy, doubt
-from detector.scores import Score, score_all
+from detector.scores import Score
 
 TOLERANCE_IMAGES = 256
+SERVED = (32, 16, 8, 4, 2, 1, 1)  # batch sizes as a server cuts them: calibration sees the rounding that serving sees
 
 
 class Calibrator:
@@ -75,14 +76,14 @@ class Calibrator:
         tolerance: dict[str, dict[str, float]] = {}
         kept, dropped = torch.zeros(0, dtype=torch.int64), 0
         for precision, backbone in self.backbones.items():
-            collected = collect(backbone, dataset, scores=self.fitted, report=self.report)
+            collected = collect(backbone, dataset, scores=self.fitted, report=self.report, sizes=SERVED)
             kept, dropped = without_overlap(collected.ids, earlier, "calibration")
             once = _independent(collected.ids, kept, None)  # a copy of an image is no further evidence
             dropped += len(kept) - len(once)
             kept = once if groups is None else _independent(collected.ids, once, groups)
             used = collected[kept]
             predicted = used.outputs.logits.argmax(1).cpu().numpy()
-            ordered = CalibrationScores.build(grouping, self._all_scores(used), predicted)
+            ordered = CalibrationScores.build(grouping, _scores(used), predicted)
             for name, by_group in ordered.scores.items():
                 for group, scores in enumerate(by_group):
                     artifact.calibration[f"{precision}.{name}.{group}"] = torch.from_numpy(scores)
@@ -96,17 +97,9 @@ class Calibrator:
             update={"calibration": record, "score_tolerance": tolerance, "splits": splits}
         )
 
-    def _all_scores(self, collected: Collected) -> dict[str, NDArray[np.float64]]:
-        forward = [name for name, score in self.fitted.items() if not score.backward]
-        values = score_all(self.fitted, forward, collected.outputs) | dict(collected.values)
-        values[DOUBT] = doubt(collected.outputs.logits)
-        return {name: value.cpu().numpy() for name, value in values.items()}
-
     def _tolerance(self, backbone: Backbone, dataset: Dataset) -> dict[str, float]:
         """How far a score moves with its batch-mates: four times the largest move between batches of 64, 7 and 1."""
-        views = [
-            self._all_scores(collect(backbone, dataset, scores=self.fitted, batch_size=size)) for size in (64, 7, 1)
-        ]
+        views = [_scores(collect(backbone, dataset, scores=self.fitted, sizes=(size,))) for size in (64, 7, 1)]
         return {name: 4 * float(np.ptp([view[name] for view in views], axis=0).max()) for name in self.fitted}
 
     def _measure(self, detector: Detector, test: Dataset | None, groups: Sequence[str] | None) -> dict[str, Any]:
@@ -169,6 +162,11 @@ def calibrate(
     artifact.splits = {name: ids for name, ids in artifact.splits.items() if name in ("fit", "tune")}
     calibrator = Calibrator(artifact, detector.backbone, detector.fitted, report)
     return calibrator.run(dataset, out, source=source, groups=groups, test=check, test_groups=check_groups)
+
+
+def _scores(collected: Collected) -> dict[str, NDArray[np.float64]]:
+    values = {**collected.values, DOUBT: doubt(collected.outputs.logits)}
+    return {name: value.cpu().numpy() for name, value in values.items()}
 
 
 def _independent(ids: Tensor, kept: Tensor, groups: Sequence[str] | None) -> Tensor:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
@@ -25,6 +26,14 @@ from detector.scores import Score, registry, score_all
 
 Images = Pixels | Tensor | Sequence[bytes]
 BATCH = 64
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A batch between its scores and its verdicts: logits [N, C] and scores float64 [N], still on the device."""
+
+    logits: Tensor
+    scores: Mapping[str, Tensor]
 
 
 class Detector:
@@ -135,7 +144,22 @@ class Detector:
     def judge(self, outputs: Outputs, decider: Decider | None = None) -> list[Verdict]:
         """Verdicts from outputs, under the artifact's policy where no other is given."""
         decider = decider or self.decider
-        return decider.decide(outputs.logits, self.scores(outputs, (decider.policy.score_name, *decider.shadows)))
+        return self.finish_judging(self.start_judging(outputs, decider), decider)
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether the device works on its own: what is started there returns before it is done."""
+        return self.backbone.device.type == "cuda"
+
+    def start_judging(self, outputs: Outputs, decider: Decider, *, shadows: bool = True) -> Scored:
+        """Start the deciding score, and the shadows unless they are sampled out; does not wait for the device."""
+        names = (decider.policy.score_name, *(decider.shadows if shadows else ()))
+        return Scored(outputs.logits, score_all(self.fitted, names, outputs))
+
+    def finish_judging(self, scored: Scored, decider: Decider) -> list[Verdict]:
+        """Fetch what `start_judging` started, and decide: verdicts, one an image."""
+        scores = {name: values.cpu().numpy() for name, values in scored.scores.items()}
+        return decider.decide(scored.logits.cpu(), scores)
 
     def pixels(self, images: Images) -> Tensor:
         """Images as one tensor uint8 [N, H, W, 3] on the CPU."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from detector.backbone import Backbone, Outputs, concatenate
 from detector.data import Dataset, Labels, batches
 from detector.images import image_ids
-from detector.scores import FitOptions, Gatherer, Score, registry
+from detector.scores import FitOptions, Gatherer, Score, registry, score_all
 from detector.scores.gather import known_ids
 
 BATCH = 64
@@ -35,10 +35,7 @@ def silent(images: int) -> None:
 
 @dataclass(frozen=True)
 class Collected:
-    """The outputs of a whole data set, with ids, and its labels int64 [N].
-
-    `values` holds the scores, float64 [N], that need the images themselves and so were computed on the way.
-    """
+    """The outputs of a whole data set, with ids, its labels int64 [N], and scores float64 [N] by name."""
 
     outputs: Outputs
     labels: Labels
@@ -68,12 +65,15 @@ def stream(
     start: int = 0,
     early: bool = False,
     inputs: bool = False,
-    batch_size: int = BATCH,
+    sizes: Sequence[int] = (BATCH,),
 ) -> Iterator[tuple[Outputs, Tensor]]:
-    """Outputs with ids, and labels int64 [N], batch by batch."""
-    for batch in batches(dataset, batch_size, start=start):
-        outputs = backbone.outputs(torch.from_numpy(batch.images), early=early, inputs=inputs)
-        yield outputs.with_ids(torch.from_numpy(image_ids(batch.images))), torch.from_numpy(batch.labels)
+    """Outputs with ids, and labels int64 [N], in batches of these sizes by turns."""
+    for batch in batches(dataset, sum(sizes), start=start):
+        images, labels, ids = batch.images, torch.from_numpy(batch.labels), torch.from_numpy(image_ids(batch.images))
+        for part in torch.arange(len(images)).tensor_split(np.cumsum(sizes)[:-1].tolist()):
+            if len(part):
+                outputs = backbone.outputs(torch.from_numpy(images)[part], early=early, inputs=inputs)
+                yield outputs.with_ids(ids[part]), labels[part]
 
 
 def collect(
@@ -81,24 +81,28 @@ def collect(
     dataset: Dataset,
     *,
     scores: Mapping[str, Score] | None = None,
+    names: Sequence[str] | None = None,
     report: Report = silent,
-    batch_size: int = BATCH,
+    sizes: Sequence[int] = (BATCH,),
 ) -> Collected:
-    """Logits, penultimate features and ids of a whole data set, and the values of scores that run a backward pass.
+    """Logits, penultimate features and ids of a whole data set, and scores of its images.
 
     Args:
         backbone, dataset: what to run, and on what.
-        scores: fitted scores; those without a backward pass are left for `Collected.outputs`.
+        scores: fitted scores.
+        names: which of them to compute, batch by batch as a server does; all where not given.
         report: told of images done.
-        batch_size: images a forward pass.
+        sizes: images in each forward pass, by turns.
     """
-    backward = {name: score for name, score in (scores or {}).items() if score.backward}
-    parts = []
-    values: dict[str, list[Tensor]] = {name: [] for name in backward}
-    for outputs, _ in stream(backbone, dataset, inputs=bool(backward), batch_size=batch_size):
+    fitted = scores or {}
+    wanted = list(fitted) if names is None else list(names)
+    inputs = any(fitted[name].backward for name in wanted)
+    parts: list[Outputs] = []
+    values: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    for outputs, _ in stream(backbone, dataset, inputs=inputs, sizes=sizes):
         parts.append(replace(outputs, inputs=None))
-        for name, score in backward.items():
-            values[name].append(score.score(outputs))
+        for name, value in score_all(fitted, wanted, outputs).items():
+            values[name].append(value)
         report(len(outputs))
     together = {name: torch.cat(pieces) for name, pieces in values.items()}
     return Collected(concatenate(parts), dataset.labels, together)

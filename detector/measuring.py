@@ -156,14 +156,12 @@ class _Runner:
         return self._scored(collected[kept], "other")
 
     def _collect(self, dataset: Dataset) -> Collected:
-        chosen = {name: self.detector.fitted[name] for name in self.names}
-        return collect(self.detector.backbone, dataset, scores=chosen, report=self.report)
+        detector = self.detector
+        return collect(detector.backbone, dataset, scores=detector.fitted, names=self.names, report=self.report)
 
     def _scored(self, collected: Collected, group: str) -> Scored:
         detector, logits = self.detector, collected.outputs.logits
         values = {name: value.cpu().numpy() for name, value in collected.values.items()}
-        values |= detector.scores(collected.outputs, [name for name in self.names if name not in values])
-        values = {name: values[name] for name in self.names}
         predicted = logits.argmax(1).cpu().numpy()
         return Scored(
             scores=values,

@@ -211,42 +211,56 @@ class Decider:
 
         Args:
             logits: [N, C] of the untouched network.
-            scores: float64 [N] by name; the deciding score and all shadows.
+            scores: float64 [N] by name; the deciding score, and all shadows or none.
         """
         probabilities = torch.softmax(logits.double(), dim=1)
         confidence, predicted = (part.tolist() for part in probabilities.max(dim=1))
         doubts = doubt(logits).tolist() if self.doubt_thresholds else []
+        group_of = [self.calibration.grouping.of_class[label] for label in predicted]
+        evidence = self._evidence(group_of, scores)
         verdicts = []
-        for i, label in enumerate(predicted):
-            group = self.calibration.grouping.of_class[label]
-            evidence = self._evidence(
-                group, {name: scores[name][i] for name in (self.policy.score_name, *self.shadows)}
-            )
+        for i, (label, group, ood) in enumerate(zip(predicted, group_of, evidence, strict=True)):
             reason: Reason = "none"
-            if not evidence.score <= evidence.threshold:  # so that a score that is no number defers
+            if not ood.score <= ood.threshold:  # so that a score that is no number defers
                 reason = "ood"
             elif self.doubt_thresholds and doubts[i] > self.doubt_thresholds[group].value:
                 reason = "low_confidence"
             prediction = Prediction(label, self.class_names[label], confidence[i])
-            verdicts.append(Verdict("accept" if reason == "none" else "defer", reason, prediction, evidence))
+            verdicts.append(Verdict("accept" if reason == "none" else "defer", reason, prediction, ood))
         return verdicts
 
-    def _evidence(self, group: int, scores: Mapping[str, float]) -> OodEvidence:
-        cut = self.thresholds[group]
-        name = self.policy.score_name
-        p_value = {name: self._p_value(name, group, score) for name, score in scores.items()}
-        return OodEvidence(
-            score_name=name,
-            score=float(scores[name]),
-            threshold=cut.value,
-            p_value=p_value[name],
-            p_cutoff=float(cut.p_cutoff),
-            group=self.calibration.grouping.names[group],
-            target_id_acceptance=self.policy.target_id_acceptance,
-            borderline=bool(abs(scores[name] - cut.value) <= self.tolerance),
-            shadow={other: Shadow(float(scores[other]), p_value[other]) for other in self.shadows},
-        )
+    def _evidence(self, group_of: Sequence[int], scores: Mapping[str, Scores]) -> list[OodEvidence]:
+        deciding = self.policy.score_name
+        columns = {
+            name: list(zip(scores[name].tolist(), self._p_values(name, group_of, scores[name]), strict=True))
+            for name in (deciding, *self.shadows)
+            if name in scores
+        }
+        evidence = []
+        for i, (group, (score, p_value)) in enumerate(zip(group_of, columns[deciding], strict=True)):
+            cut = self.thresholds[group]
+            evidence.append(
+                OodEvidence(
+                    score_name=deciding,
+                    score=score,
+                    threshold=cut.value,
+                    p_value=p_value,
+                    p_cutoff=float(cut.p_cutoff),
+                    group=self.calibration.grouping.names[group],
+                    target_id_acceptance=self.policy.target_id_acceptance,
+                    borderline=abs(score - cut.value) <= self.tolerance,
+                    shadow={name: Shadow(*columns[name][i]) for name in columns if name != deciding},
+                )
+            )
+        return evidence
 
-    def _p_value(self, name: str, group: int, score: float) -> float:
-        calibration = self.calibration.scores[name][group]
-        return float(p_values(calibration, np.array([score]))[0]) if len(calibration) else 1.0
+    def _p_values(self, name: str, group_of: Sequence[int], scores: Scores) -> list[float]:
+        """One p-value an image, each among the calibration of its own group; 1 where that has no scores."""
+        of_image = np.asarray(group_of)
+        values = np.ones(len(scores))
+        for group in set(group_of):
+            calibration = self.calibration.scores[name][group]
+            if len(calibration):
+                mine = of_image == group
+                values[mine] = p_values(calibration, scores[mine])
+        return [float(value) for value in values]

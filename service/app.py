@@ -49,7 +49,9 @@ def create_app(settings: Settings) -> FastAPI:
             capacity=settings.queue_capacity,
             timeout_s=settings.request_timeout_s,
             stall_s=settings.engine_stall_s,
+            window_s=settings.batch_window_s,
             on_batch=lambda model, answers: _record(metrics, model, answers),
+            on_restart=metrics.engine_restarts.inc,
         )
         metrics.watch(lambda: engine.depth, lambda: time.time() - engine.pulse_age_s, settings.queue_capacity)
         with ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode") as decoders:
@@ -74,9 +76,9 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def _record(metrics: Metrics, model: ServedModel, answers: Sequence[Answer]) -> None:
-    metrics.count_verdicts(model.detector.manifest, [answer.verdict for answer in answers])
+    metrics.count_verdicts(model.detector.manifest, model.decider, [answer.verdict for answer in answers])
     metrics.batch_size.observe(len(answers))
-    metrics.stage_seconds.labels("forward").observe(answers[0].timing.forward)
-    metrics.stage_seconds.labels("score").observe(answers[0].timing.score)
+    metrics.stage["forward"].observe(answers[0].timing.forward)
+    metrics.stage["score"].observe(answers[0].timing.score)
     for answer in answers:
-        metrics.stage_seconds.labels("queue").observe(answer.timing.queue)
+        metrics.stage["queue"].observe(answer.timing.queue)

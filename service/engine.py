@@ -15,12 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from math import ceil
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from detector.detector import Detector
+from detector.detector import Detector, Scored
 from detector.images import Pixels
 from detector.policy import Decider, Verdict
 from service.errors import DeadlinePassed, EngineLost, NotReady, QueueFull, ScoringFailed
@@ -29,17 +31,26 @@ log = logging.getLogger(__name__)
 
 PULSE_S = 1.0  # the idle thread shows life this often
 CLOSING_PULSE_S = 0.02  # and looks this often whether the last admitted image has been answered
+MOST_FAILURES = 3  # failed batches in a row after which the server is not ready
+MOST_RESTARTS, RESTART_WINDOW_S = 3, 600.0  # restarts of the loop; one more within the window ends it
 
 
 @dataclass(frozen=True, eq=False)
 class ServedModel:
-    """A model as the engine runs it: its detector, and the decider now in force."""
+    """A model as the engine runs it.
+
+    Args:
+        detector: network and scores.
+        decider: the policy now in force, with the shadows to report.
+        shadow_ratio: share of the batches in which the shadows are computed.
+    """
 
     detector: Detector
     decider: Decider
+    shadow_ratio: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Timing:
     """Seconds that one image spent in the queue, and that its batch spent in the network and in the scores."""
 
@@ -48,7 +59,7 @@ class Timing:
     score: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
     """A verdict and where its time went."""
 
@@ -56,7 +67,7 @@ class Answer:
     timing: Timing
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Work:
     model: ServedModel
     image: Pixels
@@ -65,31 +76,79 @@ class _Work:
     deadline: float
 
 
+@dataclass(eq=False, slots=True)
+class _Launched:
+    """A batch on the device."""
+
+    model: ServedModel
+    work: list[_Work]
+    scored: Scored
+    started: float
+    forwarded: float
+
+
 BatchDone = Callable[[ServedModel, Sequence[Answer]], None]
+
+
+def buckets(largest: int) -> tuple[int, ...]:
+    """The batch sizes that are ever run: 1, 2, 4 … and the largest itself."""
+    powers = takewhile(lambda size: size < largest, (1 << power for power in range(largest.bit_length())))
+    return (*powers, largest)
+
+
+def warm_up(model: ServedModel, sizes: Sequence[int]) -> None:
+    """Judge black batches of these sizes, so that no caller waits for what is only done once."""
+    for size in sizes:
+        black = torch.zeros((size, *model.detector.backbone.input_shape), dtype=torch.uint8)
+        model.detector.judge(model.detector.backbone.outputs(black), model.decider)
+
+
+def padded(images: Tensor, size: int) -> Tensor:
+    """uint8 [N, H, W, 3] -> [size, H, W, 3]; what is added is black and nobody sees its result."""
+    return torch.cat([images, images.new_zeros(size - len(images), *images.shape[1:])])
 
 
 class Engine:
     """Admission, queue and inference thread; made and called on the event loop.
+
+    A batch is as large as a bucket. On the CPU, where time goes with the images, the largest bucket that is full is
+    run and the rest is the next batch; on CUDA, where a launch costs more than some images, the batch is padded.
 
     Args:
         max_batch: images in one forward pass.
         capacity: images admitted at once, from decode to answer.
         timeout_s: seconds after which an image is given up; it counts from admission.
         stall_s: seconds in one batch after which `alive` is false.
+        window_s: seconds, from the arrival of the first image, to wait for a fuller batch while the device is idle.
         on_batch: told, on the event loop, of each batch of answers.
+        on_restart: told, on the event loop, when the inference loop was lost and begins again.
     """
 
     def __init__(
-        self, *, max_batch: int, capacity: int, timeout_s: float, stall_s: float, on_batch: BatchDone | None = None
+        self,
+        *,
+        max_batch: int,
+        capacity: int,
+        timeout_s: float,
+        stall_s: float,
+        window_s: float = 0.0,
+        on_batch: BatchDone | None = None,
+        on_restart: Callable[[], None] | None = None,
     ) -> None:
-        self.max_batch, self.capacity, self.timeout_s, self.stall_s = max_batch, capacity, timeout_s, stall_s
-        self._on_batch = on_batch
+        self.capacity, self.timeout_s, self.stall_s, self.window_s = capacity, timeout_s, stall_s, window_s
+        self.buckets = buckets(max_batch)
+        self._on_batch, self._on_restart = on_batch, on_restart
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[_Work] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._ended = False  # set under the lock: from then on nobody would answer
         self._admitted = 0
+        self._failures = 0  # batches in a row
+        self._failing: ServedModel | None = None
+        self._running: _Launched | None = None  # the batch on a device that works on its own
+        self._in_hand: list[_Work] = []  # the last images taken from the queue; the thread's own
+        self._shadow_share = 0.0
         self._image_seconds = 0.01  # a running estimate of the time one image takes, for Retry-After
         self._last_pulse = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
@@ -115,9 +174,13 @@ class Engine:
         """Whether `admit` lets anything in, the queue aside."""
         return not self._ended and not self._closing
 
-    @contextmanager
-    def admit(self, images: int) -> Iterator[None]:
-        """Take room for images before they are decoded, and give it back.
+    @property
+    def healthy(self) -> bool:
+        """Whether batches succeed; false after several failures in a row, until one succeeds."""
+        return self._failures < MOST_FAILURES
+
+    def check_room(self, images: int) -> None:
+        """Refuse what could not be admitted now.
 
         Raises:
             QueueFull: there is no room.
@@ -130,6 +193,11 @@ class Engine:
             raise EngineLost
         if self._admitted + images > self.capacity:
             raise QueueFull(self.capacity, max(1, ceil(self._admitted * self._image_seconds)))
+
+    @contextmanager
+    def admit(self, images: int) -> Iterator[None]:
+        """Take room for images before they are decoded, and give it back; raises as `check_room`."""
+        self.check_room(images)
         self._admitted += images
         try:
             yield
@@ -147,17 +215,18 @@ class Engine:
         Raises:
             DeadlinePassed, ScoringFailed, EngineLost
         """
-        work = _Work(model, image, self._loop.create_future(), time.monotonic(), deadline)
+        now = time.monotonic()
+        work = _Work(model, image, self._loop.create_future(), now, deadline)
         with self._changed:
             if self._ended:
                 raise EngineLost
             self._waiting.append(work)
             self._changed.notify()
+        timer = self._loop.call_later(max(0.0, deadline - now), self._expire, work)
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                return await work.future
-        except TimeoutError:
-            raise DeadlinePassed(self.timeout_s) from None
+            return await work.future
+        finally:
+            timer.cancel()
 
     async def close(self, grace_s: float) -> None:
         """Let nothing more in, answer what was admitted, end the thread; give up after `grace_s` seconds."""
@@ -168,66 +237,143 @@ class Engine:
         if self._thread.is_alive():
             log.error("gave up waiting for the inference thread", extra={"admitted": self._admitted})
 
+    # What follows runs on the inference thread.
+
     def _run(self) -> None:
-        batch: list[_Work] | None = None
+        lost: deque[float] = deque(maxlen=MOST_RESTARTS)
         try:
-            while (batch := self._next_batch()) is not None:
-                self._process(batch)
-        except BaseException:  # the thread ends: say so, and leave nobody waiting
-            log.critical("the inference thread has ended", exc_info=True)
+            while True:
+                try:
+                    self._serve()
+                    return
+                except BaseException:  # nothing may end the loop while its budget lasts
+                    log.critical("the inference loop was lost", exc_info=True, extra={"images": len(self._in_hand)})
+                    self._fail(self._in_hand, EngineLost())  # those that have their answer keep it
+                    self._in_hand, self._running = [], None
+                    if len(lost) == MOST_RESTARTS and time.monotonic() - lost[0] < RESTART_WINDOW_S:
+                        log.critical("too many restarts: the inference thread ends")
+                        return
+                    lost.append(time.monotonic())
+                    if self._on_restart is not None:
+                        self._post(self._on_restart)
         finally:
             with self._changed:
                 self._ended = True
-                left = [*(batch or ()), *self._waiting]
+                left = [*self._in_hand, *self._waiting]
                 self._waiting.clear()
             self._fail(left, EngineLost())
 
+    def _serve(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            launched = self._launch(batch) if batch else None
+            if self._running is not None:
+                self._finish(self._running)
+            # A device that works on its own gets its next batch before this one is fetched.
+            pending = launched is not None and launched.model.detector.asynchronous
+            self._running = launched if pending else None
+            if launched is not None and not pending:
+                self._finish(launched)
+            if not batch and not self.healthy:
+                self._probe()
+
     def _next_batch(self) -> list[_Work] | None:
+        """What is run next: empty where there is something else to do, None where nothing will ever come."""
         with self._changed:
             # Images that were admitted and are still being decoded are waited for too.
-            while not self._waiting and not (self._closing and self._admitted == 0):
+            while not self._waiting and self._running is None:
+                if self._closing and self._admitted == 0:
+                    return None
                 self._changed.wait(CLOSING_PULSE_S if self._closing else PULSE_S)
                 self._last_pulse = time.monotonic()
+                if not self.healthy:
+                    break
             if not self._waiting:
-                return None
-            model = self._waiting[0].model
-            batch: list[_Work] = []
-            while self._waiting and len(batch) < self.max_batch and self._waiting[0].model is model:
-                batch.append(self._waiting.popleft())
+                return []
+            if self.window_s and self._running is None:
+                self._wait_for_more(self._waiting[0].enqueued + self.window_s)
+            batch = self._cut()
+            self._in_hand = [*(self._running.work if self._running else ()), *batch]
         self._last_pulse = time.monotonic()
         return batch
 
-    def _process(self, batch: list[_Work]) -> None:
+    def _cut(self) -> list[_Work]:
+        """Take the images of the model whose turn it is: a full bucket, or all there are where batches are padded."""
+        model = self._waiting[0].model
+        batch = list(islice((work for work in self._waiting if work.model is model), self.buckets[-1]))
+        if not model.detector.asynchronous:
+            batch = batch[: max(bucket for bucket in self.buckets if bucket <= len(batch))]
+        taken = set(map(id, batch))
+        self._waiting = deque(work for work in self._waiting if id(work) not in taken)
+        return batch
+
+    def _wait_for_more(self, until: float) -> None:
+        while len(self._waiting) < self.buckets[-1] and not self._closing:
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            self._changed.wait(left)
+
+    def _launch(self, batch: list[_Work]) -> _Launched | None:
         started = time.monotonic()
         self._fail([work for work in batch if work.deadline <= started], DeadlinePassed(self.timeout_s))
         # A future that is done belongs to a caller who has gone.
         batch = [work for work in batch if work.deadline > started and not work.future.done()]
         if not batch:
-            return
+            return None
+        model = batch[0].model
         try:
-            model = batch[0].model
             images = torch.from_numpy(np.stack([work.image for work in batch]))
-            outputs = model.detector.backbone.outputs(images)
+            if model.detector.asynchronous:
+                images = padded(images, min(bucket for bucket in self.buckets if bucket >= len(images)))
+            outputs = model.detector.backbone.outputs(images)[: len(batch)]
             forwarded = time.monotonic()
-            verdicts = model.detector.judge(outputs, model.decider)
-            scored = time.monotonic()
+            scored = model.detector.start_judging(outputs, model.decider, shadows=self._shadows_now(model))
         except Exception as error:
-            log.exception("a batch failed", extra={"images": len(batch)})
-            self._fail(batch, ScoringFailed(f"the image could not be scored: {error}"))
+            self._failed(model, batch, error)
+            return None
+        return _Launched(model, batch, scored, started, forwarded)
+
+    def _finish(self, launched: _Launched) -> None:
+        model, batch = launched.model, launched.work
+        try:
+            verdicts = model.detector.finish_judging(launched.scored, model.decider)
+        except Exception as error:
+            self._failed(model, batch, error)
             return
+        done = time.monotonic()
+        forward_s, score_s = launched.forwarded - launched.started, done - launched.forwarded
         answers = [
-            Answer(verdict, Timing(started - work.enqueued, forwarded - started, scored - forwarded))
+            Answer(verdict, Timing(launched.started - work.enqueued, forward_s, score_s))
             for work, verdict in zip(batch, verdicts, strict=True)
         ]
-        self._image_seconds += 0.1 * ((scored - started) / len(batch) - self._image_seconds)
-        self._post(lambda: self._deliver(batch, answers))
+        self._failures = 0
+        self._image_seconds += 0.1 * ((done - launched.started) / len(batch) - self._image_seconds)
+        self._post(lambda: self._deliver(model, batch, answers))
 
-    def _deliver(self, batch: Sequence[_Work], answers: Sequence[Answer]) -> None:
-        for work, answer in zip(batch, answers, strict=True):
-            if not work.future.done():
-                work.future.set_result(answer)
-        if self._on_batch is not None:
-            self._on_batch(batch[0].model, answers)
+    def _failed(self, model: ServedModel, batch: list[_Work], error: Exception) -> None:
+        log.error("a batch failed", exc_info=error, extra={"images": len(batch)})
+        self._failures += 1
+        self._failing = model
+        self._fail(batch, ScoringFailed(f"the image could not be scored: {error}"))
+
+    def _probe(self) -> None:
+        """While the server is not ready no requests come, so it must find out by itself whether it works again."""
+        model = self._failing
+        assert model is not None
+        try:
+            warm_up(model, (1,))
+        except Exception:
+            log.warning("the engine still fails", exc_info=True)
+        else:
+            log.info("the engine works again")
+            self._failures = 0
+
+    def _shadows_now(self, model: ServedModel) -> bool:
+        self._shadow_share += model.shadow_ratio
+        if self._shadow_share < 1:
+            return False
+        self._shadow_share -= 1
+        return True
 
     def _fail(self, batch: Sequence[_Work], error: ScoringFailed | DeadlinePassed | EngineLost) -> None:
         def deliver() -> None:
@@ -243,3 +389,16 @@ class Engine:
             self._loop.call_soon_threadsafe(callback)
         except RuntimeError:  # the loop is closed: nobody waits any more
             log.warning("an answer came after the event loop had closed")
+
+    # And this again on the event loop.
+
+    def _deliver(self, model: ServedModel, batch: Sequence[_Work], answers: Sequence[Answer]) -> None:
+        for work, answer in zip(batch, answers, strict=True):
+            if not work.future.done():
+                work.future.set_result(answer)
+        if self._on_batch is not None:
+            self._on_batch(model, answers)
+
+    def _expire(self, work: _Work) -> None:
+        if not work.future.done():
+            work.future.set_exception(DeadlinePassed(self.timeout_s))

@@ -120,12 +120,12 @@ class NotReady(ServiceError):
 
 
 class EngineLost(ServiceError):
-    """The inference thread has ended; the process should be restarted."""
+    """The inference loop was lost with an image in hand, or for good; then the process should be restarted."""
 
     code, status = "engine_lost", 503
 
     def __init__(self) -> None:
-        super().__init__("the inference thread has ended. Try another replica; this one needs a restart.")
+        super().__init__("the inference loop was lost. Send the image again, or try another replica.")
         self.retry_after_s = 5
 
 

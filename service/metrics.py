@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter as Tally
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.gc_collector import GCCollector
@@ -20,6 +22,16 @@ P_VALUE_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6,
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MODEL, SCORED = ("model", "version"), ("model", "version", "score")
+
+
+@dataclass(frozen=True)
+class _ModelSeries:
+    """The series that count one model's verdicts."""
+
+    decisions: Mapping[Reason, Counter]
+    p_value: Histogram
+    borderline: Counter
+    disagreements: Mapping[str, Counter]
 
 
 class Metrics:
@@ -43,6 +55,9 @@ class Metrics:
         self.p_value = histogram("p_value", "Conformal p-value of each image.", SCORED, P_VALUE_BUCKETS)
         self.shadow_disagreements = counter(
             "shadow_disagreements", "Images that a shadow score, at the same cut-off, would judge otherwise.", SCORED
+        )
+        self.borderline = counter(
+            "borderline", "Images whose score lies within rounding of the threshold; either decision is right.", SCORED
         )
         self.threshold = gauge(
             "threshold", "Score above which an image is deferred; the largest of all groups.", SCORED
@@ -79,7 +94,11 @@ class Metrics:
         self.in_progress = gauge("requests_in_progress", "Requests being answered.")
         self.rejected = counter("requests_rejected", "Requests or images not judged.", ("reason",))
         self.heartbeat = gauge("engine_heartbeat_timestamp_seconds", "When the inference thread last showed life.")
+        self.engine_restarts = counter("engine_restarts", "Times the inference loop was lost and began again.")
         self._start_at_zero()
+        # Looking a series up by its labels costs more than counting in it.
+        self.stage = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
+        self._of_model: dict[tuple[str, str, str], _ModelSeries] = {}
 
     def _start_at_zero(self) -> None:
         self.build_info.labels(__version__).set(1)
@@ -115,20 +134,31 @@ class Metrics:
         self.model_ready.labels(*model).set(1)
         network = f"{manifest.network.kind}:{manifest.network.name}".rstrip(":")
         self.model_info.labels(*model, score, network, manifest.model_digest, device, precision).set(1)
-        self.p_value.labels(*model, score)
-        for reason in REASONS:
-            self.decisions.labels(*model, score, "accept" if reason == "none" else "defer", reason)
-        for shadow in decider.shadows:
-            self.shadow_disagreements.labels(*model, shadow)
+        self._of_model[(*model, score)] = _ModelSeries(
+            decisions={
+                reason: self.decisions.labels(*model, score, "accept" if reason == "none" else "defer", reason)
+                for reason in REASONS
+            },
+            p_value=self.p_value.labels(*model, score),
+            borderline=self.borderline.labels(*model, score),
+            disagreements={name: self.shadow_disagreements.labels(*model, name) for name in decider.shadows},
+        )
 
-    def count_verdicts(self, manifest: Manifest, verdicts: Sequence[Verdict]) -> None:
-        """Count a batch of verdicts of one model."""
-        model = (manifest.name, manifest.version)
+    def count_verdicts(self, manifest: Manifest, decider: Decider, verdicts: Sequence[Verdict]) -> None:
+        """Count a batch of verdicts of one announced model."""
+        series = self._of_model[manifest.name, manifest.version, decider.policy.score_name]
+        for reason, images in Tally(verdict.reason for verdict in verdicts).items():
+            series.decisions[reason].inc(images)
+        differing: Tally[str] = Tally()
+        borderline = 0
         for verdict in verdicts:
             ood = verdict.ood
-            self.decisions.labels(*model, ood.score_name, verdict.decision, verdict.reason).inc()
-            self.p_value.labels(*model, ood.score_name).observe(ood.p_value)
+            series.p_value.observe(ood.p_value)
+            borderline += ood.borderline
             deferred = ood.p_value <= ood.p_cutoff
-            for name, shadow in ood.shadow.items():
-                if (shadow.p_value <= ood.p_cutoff) != deferred:
-                    self.shadow_disagreements.labels(*model, name).inc()
+            differing.update(
+                name for name, shadow in ood.shadow.items() if (shadow.p_value <= ood.p_cutoff) != deferred
+            )
+        series.borderline.inc(borderline)
+        for name, images in differing.items():
+            series.disagreements[name].inc(images)

@@ -6,12 +6,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import numpy as np
-
 from detector.artifact import MANIFEST
 from detector.detector import Detector
-from detector.errors import ArtifactCorrupt, ArtifactNotFound, OodgateError
-from service.engine import ServedModel
+from detector.errors import ArtifactCorrupt, ArtifactNotFound, OodgateError, ScoreError
+from service.engine import ServedModel, buckets, warm_up
 from service.errors import ModelNotFound
 from service.metrics import Metrics
 from service.settings import Settings
@@ -82,9 +80,13 @@ class Registry:
                     f"{directory} holds {manifest.name} version {manifest.version}; a model keeps its name and number"
                 )
             decider = detector.with_policy(detector.manifest.policy, settings.shadow_scores)
-            for size in (1, settings.max_batch):
-                warm = np.zeros((size, *detector.backbone.input_shape), dtype=np.uint8)
-                detector.judge(detector.outputs(warm), decider)
+            backward = [name for name in decider.shadows if detector.fitted[name].backward]
+            if backward:
+                raise ScoreError(
+                    f"{', '.join(backward)} runs a backward pass and cannot be a shadow; `oodgate score` computes it"
+                )
+            model = ServedModel(detector, decider, settings.shadow_ratio)
+            warm_up(model, buckets(settings.max_batch))
         except OodgateError:
             self._metrics.model_loads.labels("failure").inc()
             raise
@@ -92,7 +94,7 @@ class Registry:
         backbone = detector.backbone
         self._metrics.announce(detector.manifest, decider, str(backbone.device), backbone.precision)
         log.info("model loaded", extra={"model": detector.manifest.name, "version": detector.manifest.version})
-        return ServedModel(detector, decider)
+        return model
 
 
 def newest_versions(models: Path) -> list[Path]:

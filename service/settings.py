@@ -40,6 +40,15 @@ class Settings(BaseSettings):
     )
     max_images: int = Field(default=64, ge=1, description="Most images in one request.")
     max_batch: int = Field(default=32, ge=1, description="Most images in one forward pass.")
+    batch_window_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Seconds an idle device waits, from the first image on, for a fuller batch.",
+    )
+    shadow_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="Share of the batches in which shadows are scored."
+    )
     queue_capacity: int = Field(default=512, ge=1, description="Images admitted at once, from decode to answer.")
     request_timeout_s: float = Field(default=30.0, gt=0, description="Seconds after which a request is given up.")
     shutdown_grace_s: float = Field(

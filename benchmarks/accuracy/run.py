@@ -34,7 +34,7 @@ from detector.errors import ScoreError
 from detector.features import Collected, collect, fit_scores, tune_scores
 from detector.fitting import FORWARD_SCORES
 from detector.metrics import bootstrap_auroc, measures, paired_bootstrap
-from detector.scores import FitOptions, Score, registry, score_all
+from detector.scores import FitOptions, Score, registry
 
 RESULTS = Path("benchmarks/accuracy/results")
 EMBEDDED = Path("models/cifar10/1")
@@ -81,9 +81,9 @@ def main() -> None:
 def measure(scores: Mapping[str, Score], backbone: Backbone, sets: Sets) -> dict[str, Any]:
     """Accuracy, the tables of each score, and the paired differences."""
     test = collect(backbone, sets.test, scores=scores)
-    values: Values = {name: {"test": value} for name, value in _values(scores, test).items()}
+    values: Values = {name: {"test": value} for name, value in _values(test).items()}
     for name, dataset in (dict(sets.near) | dict(sets.far)).items():
-        for score, value in _values(scores, collect(backbone, dataset, scores=scores)).items():
+        for score, value in _values(collect(backbone, dataset, scores=scores)).items():
             values[score][name] = value
     groups = {"near": tuple(sets.near), "far": tuple(sets.far)}
     return {
@@ -122,10 +122,8 @@ def _refusal(name: str, backbone: Backbone, sets: Sets, options: FitOptions) -> 
     return None
 
 
-def _values(scores: Mapping[str, Score], collected: Collected) -> dict[str, NDArray[np.float64]]:
-    forward = [name for name, score in scores.items() if not score.backward]
-    together = score_all(scores, forward, collected.outputs) | dict(collected.values)
-    return {name: value.cpu().numpy() for name, value in together.items()}
+def _values(collected: Collected) -> dict[str, NDArray[np.float64]]:
+    return {name: value.cpu().numpy() for name, value in collected.values.items()}
 
 
 def _row(by_set: Mapping[str, NDArray[np.float64]], groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:

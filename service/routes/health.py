@@ -21,9 +21,10 @@ async def live(context: Ctx) -> JSONResponse:
 
 @router.get("/v2/health/ready", operation_id="ready", summary="May traffic be sent here?")
 async def ready(context: Ctx) -> JSONResponse:
-    """200 once a model is loaded, proven and warm, until the server begins to stop."""
-    is_ready = context.registry.ready and context.engine.accepting and context.engine.alive
-    return JSONResponse({"ready": is_ready, "live": context.engine.alive}, 200 if is_ready else 503)
+    """200 once a model is loaded, proven and warm, while batches succeed, until the server begins to stop."""
+    engine = context.engine
+    is_ready = context.registry.ready and engine.accepting and engine.alive and engine.healthy
+    return JSONResponse({"ready": is_ready, "live": engine.alive}, 200 if is_ready else 503)
 
 
 @router.get("/metrics", operation_id="metrics", summary="Prometheus metrics")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -23,25 +24,40 @@ from service.errors import DeadlinePassed, EngineLost, NotReady, QueueFull, Scor
 class Gate:
     """Stands where a detector stands: answers each image with its first byte, when it is open."""
 
-    def __init__(self, *, is_open: bool = True) -> None:
-        self.opened, self.entered = threading.Event(), threading.Event()
+    def __init__(self, *, is_open: bool = True, asynchronous: bool = False) -> None:
+        self.opened, self.fetched = threading.Event(), threading.Event()
+        self.entered, self.judged = threading.Event(), threading.Event()
+        self.ran: list[int] = []
         self.batches: list[list[int]] = []
+        self.shadows: list[bool] = []
         self.failing: set[int] = set()
-        self.backbone = SimpleNamespace(outputs=self._outputs)
+        self.asynchronous = asynchronous
+        self.backbone = SimpleNamespace(outputs=self._outputs, input_shape=(2, 2, 3))
+        self.fetched.set()
         if is_open:
             self.opened.set()
 
     def _outputs(self, images: torch.Tensor) -> torch.Tensor:
+        self.ran.append(len(images))
         self.entered.set()
         assert self.opened.wait(20)
         return images[:, 0, 0, 0]
 
-    def judge(self, outputs: torch.Tensor, decider: object) -> list[int]:
+    def start_judging(self, outputs: torch.Tensor, decider: object, *, shadows: bool = True) -> torch.Tensor:
+        self.shadows.append(shadows)
+        return outputs
+
+    def finish_judging(self, outputs: torch.Tensor, decider: object) -> list[int]:
+        assert self.fetched.wait(20)
         values = [int(value) for value in outputs]
         self.batches.append(values)
         if self.failing & set(values):
             raise RuntimeError("bad batch")
+        self.judged.set()
         return values
+
+    def judge(self, outputs: torch.Tensor, decider: object) -> list[int]:
+        return self.finish_judging(outputs, decider)
 
     @property
     def model(self) -> ServedModel:
@@ -88,7 +104,7 @@ def test_what_waits_while_the_device_works_is_the_next_batch() -> None:
     run(body)
 
 
-def test_models_are_never_mixed_in_a_batch() -> None:
+def test_models_that_alternate_still_fill_batches_and_are_never_mixed() -> None:
     one, two = Gate(is_open=False), Gate()
     first, second = one.model, two.model
 
@@ -99,7 +115,7 @@ def test_models_are_never_mixed_in_a_batch() -> None:
         await asyncio.sleep(0)
         one.opened.set()
         await asyncio.gather(blocker, *mixed)
-        assert (one.batches, two.batches) == ([[0], [2], [4]], [[1], [3]])
+        assert (one.batches, two.batches) == ([[0], [2, 4]], [[1, 3]])
 
     run(body)
 
@@ -135,25 +151,151 @@ def test_a_failing_batch_fails_its_own_and_the_loop_goes_on() -> None:
     run(body)
 
 
-def test_when_the_thread_ends_nobody_is_left_waiting() -> None:
-    gate = Gate(is_open=False)
+def lose_the_loop(engine: Engine, times: int) -> None:
+    """Make the next batches end the inference loop, as an interrupt or a bug in it would."""
+    launch, left = engine._launch, times
+
+    def die(batch: Any) -> Any:
+        nonlocal left
+        if left == 0:
+            return launch(batch)
+        left -= 1
+        raise SystemExit
+
+    engine._launch = die  # type: ignore[method-assign]
+
+
+def test_a_lost_loop_begins_again_and_only_the_batch_in_hand_is_lost() -> None:
+    gate = Gate()
     model = gate.model
+    restarts: list[int] = []
 
     async def body(engine: Engine) -> None:
-        def die(batch: object) -> None:
-            gate.entered.set()
-            gate.opened.wait(20)
-            raise SystemExit
-
-        engine._process = die  # type: ignore[method-assign]
+        lose_the_loop(engine, times=1)
         waiting = [asyncio.create_task(engine.judge(model, image(i), soon())) for i in range(9)]
-        await asyncio.to_thread(gate.entered.wait, 20)
-        gate.opened.set()
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        lost = [result for result in results if isinstance(result, EngineLost)]
+        answers = [value_of(result) for result in results if isinstance(result, Answer)]
+        assert 1 <= len(lost) <= 4
+        assert answers == list(range(len(lost), 9))
+        assert engine.alive
+        assert len(restarts) == 1
+
+    run(body, on_restart=lambda: restarts.append(1))
+
+
+def test_after_too_many_restarts_the_thread_ends_and_nobody_is_left_waiting() -> None:
+    model = Gate().model
+
+    async def body(engine: Engine) -> None:
+        lose_the_loop(engine, times=99)
+        waiting = [asyncio.create_task(engine.judge(model, image(i), soon())) for i in range(40)]
         results = await asyncio.gather(*waiting, return_exceptions=True)
         assert {type(result) for result in results} == {EngineLost}
         assert not engine.alive
         with pytest.raises(EngineLost), engine.admit(1):
             pass
+        with pytest.raises(EngineLost):
+            await engine.judge(model, image(0), soon())
+
+    run(body)
+
+
+def test_three_failed_batches_make_it_unhealthy_until_a_probe_succeeds() -> None:
+    gate = Gate()
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        gate.failing = {0, 1}
+        for _ in range(3):
+            with pytest.raises(ScoringFailed):
+                await engine.judge(model, image(1), soon())
+        assert (engine.healthy, engine.alive) == (False, True)
+        gate.failing = set()
+        while not engine.healthy:  # the idle thread's own pulse probes it
+            await asyncio.to_thread(gate.judged.wait, 20)
+        assert gate.batches[-1] == [0]
+
+    run(body)
+
+
+def test_on_the_cpu_only_full_buckets_are_run() -> None:
+    gate = Gate(is_open=False)
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        first = asyncio.create_task(engine.judge(model, image(0), soon()))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        rest = [asyncio.create_task(engine.judge(model, image(i), soon())) for i in range(1, 8)]
+        await asyncio.sleep(0)
+        gate.opened.set()
+        await asyncio.gather(first, *rest)
+        assert [len(batch) for batch in gate.batches] == [1, 4, 2, 1]
+
+    run(body, max_batch=8)
+
+
+def test_on_a_device_of_its_own_a_batch_is_padded_and_nobody_sees_it() -> None:
+    gate = Gate(is_open=False, asynchronous=True)
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        first = asyncio.create_task(engine.judge(model, image(9), soon()))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        rest = [asyncio.create_task(engine.judge(model, image(i), soon())) for i in range(1, 4)]
+        await asyncio.sleep(0)
+        gate.opened.set()
+        answers = await asyncio.gather(first, *rest)
+        assert [value_of(answer) for answer in answers] == [9, 1, 2, 3]
+        assert (gate.ran, gate.batches) == ([1, 4], [[9], [1, 2, 3]])
+
+    run(body)
+
+
+def test_a_device_of_its_own_has_its_next_batch_before_the_last_is_fetched() -> None:
+    gate = Gate(is_open=False, asynchronous=True)
+    gate.fetched.clear()
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        first = asyncio.create_task(engine.judge(model, image(1), soon()))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        second = asyncio.create_task(engine.judge(model, image(2), soon()))
+        await asyncio.sleep(0)
+        gate.entered.clear()
+        gate.opened.set()
+        assert await asyncio.to_thread(gate.entered.wait, 20)
+        assert (gate.ran, gate.batches) == ([1, 1], [])
+        gate.fetched.set()
+        await asyncio.gather(first, second)
+        assert gate.batches == [[1], [2]]
+
+    run(body)
+
+
+def test_a_window_waits_for_a_fuller_batch_and_no_longer_than_it_says() -> None:
+    gate = Gate()
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        full = [asyncio.create_task(engine.judge(model, image(i), soon())) for i in range(4)]
+        await asyncio.gather(*full)  # a full batch leaves at once
+        started = time.monotonic()
+        alone = await engine.judge(model, image(9), soon())
+        assert gate.batches == [[0, 1, 2, 3], [9]]
+        assert 0.2 <= alone.timing.queue <= time.monotonic() - started
+
+    run(body, window_s=0.2)
+
+
+def test_shadows_are_scored_in_their_share_of_the_batches() -> None:
+    gate = Gate()
+    model = dataclasses.replace(gate.model, shadow_ratio=0.25)
+
+    async def body(engine: Engine) -> None:
+        for index in range(8):
+            await engine.judge(model, image(index), soon())
+        assert gate.shadows == [False, False, False, True] * 2
 
     run(body)
 

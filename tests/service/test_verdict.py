@@ -10,6 +10,7 @@ import pytest
 
 from detector import Detector
 from service import Settings
+from service.engine import MOST_RESTARTS
 from service.schemas import VerdictBody
 from tests.helpers import GOOD, HUGE_PNG, encoded, photo, toy_images
 from tests.service.conftest import Running, serving
@@ -182,8 +183,9 @@ def test_an_engine_that_is_lost_answers_503_and_turns_health_red(toy_models: Pat
         def die(*args: object) -> None:
             raise SystemExit
 
-        running.context.engine._process = die  # type: ignore[method-assign,assignment]
-        assert_problem(post(running.client, GOOD), 503, "engine_lost")
+        running.context.engine._launch = die  # type: ignore[method-assign,assignment]
+        for _ in range(1 + MOST_RESTARTS):
+            assert_problem(post(running.client, GOOD), 503, "engine_lost")
         running.context.engine._thread.join(10)
         for probe in ("live", "ready"):
             assert running.client.get(f"/v2/health/{probe}").status_code == 503
@@ -199,7 +201,7 @@ def test_a_score_that_fails_answers_500_and_the_next_batch_lives(
         def fail(*args: object) -> None:
             raise RuntimeError("no such kernel")
 
-        monkeypatch.setattr(detector, "judge", fail)
+        monkeypatch.setattr(detector, "finish_judging", fail)
         assert_problem(post(running.client, GOOD), 500, "scoring_failed")
         monkeypatch.undo()
         assert post(running.client, GOOD).status_code == 200
