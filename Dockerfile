@@ -20,6 +20,7 @@ COPY service service
 RUN pip wheel --no-cache-dir ${PIP_ARGS} --no-deps --wheel-dir /wheels .
 
 FROM ${BASE}
+# Who publishes the container's port decides who reaches it; with tokens set, OODGATE_ALLOW_OPEN changes nothing.
 # A number, because Kubernetes can prove only of a number that it is not root.
 RUN groupadd --gid 10001 oodgate \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /opt/oodgate --shell /usr/sbin/nologin oodgate
@@ -29,6 +30,8 @@ ENV PATH=/opt/oodgate/venv/bin:$PATH \
     OMP_WAIT_POLICY=PASSIVE \
     MALLOC_ARENA_MAX=2 \
     OODGATE_HOST=0.0.0.0 \
+    OODGATE_ALLOW_OPEN=true \
+    OODGATE_STATE_DIR=/var/lib/oodgate \
     OODGATE_PORT=8000 \
     OODGATE_MODELS=/opt/oodgate/models
 # The user of the service must be able to read it, whatever the rights of the files where the image is built.

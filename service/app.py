@@ -15,12 +15,13 @@ from fastapi import FastAPI
 from detector import __version__
 from detector.errors import OodgateError
 from service import problems
-from service.context import Context
+from service.context import Context, Lifecycle
 from service.engine import Answer, Engine, ServedModel
 from service.metrics import Metrics
 from service.middleware import Observe
 from service.registry import Registry
 from service.routes import health, models, verdict
+from service.security import Tokens, read_tokens
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,9 @@ def create_app(settings: Settings) -> FastAPI:
         ArtifactNotFound, ArtifactCorrupt, GoldenMismatch: a model cannot be served; the message says why.
     """
     metrics = Metrics()
+    lifecycle = Lifecycle()
+    users = dict(settings.tokens) | (read_tokens(settings.tokens_file) if settings.tokens_file else {})
+    tokens = Tokens(users, settings.admin_token_sha256)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -55,7 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
         )
         metrics.watch(lambda: engine.depth, lambda: time.time() - engine.pulse_age_s, settings.queue_capacity)
         with ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode") as decoders:
-            app.state.context = Context(settings, metrics, registry, engine, decoders)
+            app.state.context = Context(settings, metrics, registry, engine, decoders, tokens, lifecycle)
             log.info("ready", extra={"models": registry.names, "seconds": round(time.monotonic() - started, 3)})
             yield
             log.info("stopping", extra={"admitted": engine.depth})
@@ -63,9 +67,11 @@ def create_app(settings: Settings) -> FastAPI:
 
     # The interactive pages would load scripts from elsewhere; the document itself stays.
     app = FastAPI(title="oodgate", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.lifecycle = lifecycle
     app.add_middleware(
         Observe,
         metrics=metrics,
+        tokens=tokens,
         max_body_bytes=settings.max_body_bytes,
         max_buffered_bytes=settings.max_buffered_bytes,
     )

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`oodgate serve`."""
+"""`oodgate serve` and `oodgate token`."""
 
 from __future__ import annotations
 
+import hashlib
+import resource
+import secrets
 from pathlib import Path
 from typing import Any
 
 import click
-import uvicorn
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from service import logs
 from service.app import create_app
+from service.server import Server, configured
 from service.settings import Settings
+
+MOST_FILES = 65_536
 
 
 @click.command()
@@ -29,19 +34,32 @@ def serve(**flags: Any) -> None:
     except ValidationError as error:
         raise click.UsageError("; ".join(map(_told, error.errors()))) from error
     logs.configure(settings.log_level)
-    config = uvicorn.Config(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(settings.shutdown_grace_s) + 1,
+    app = create_app(settings)
+    server = Server(
+        configured(app, settings.host, settings.port, settings.shutdown_grace_s),
+        drain_s=settings.drain_seconds,
+        on_drain=app.state.lifecycle.drain,
     )
-    server = uvicorn.Server(config)
+    _allow_many_connections()
     server.run()
     if not server.started:
         raise SystemExit(3)
+
+
+@click.command()
+def token() -> None:
+    """Make a token: give the first line to the caller, the second to the server."""
+    secret = secrets.token_urlsafe(32)
+    click.echo(f"token   {secret}")
+    click.echo(f"sha256  {hashlib.sha256(secret.encode()).hexdigest()}")
+
+
+def _allow_many_connections() -> None:
+    """Idle connections are cheap; the usual soft limit of 1,024 open files is not meant for servers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _told(error: ErrorDetails) -> str:

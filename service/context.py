@@ -12,7 +12,18 @@ from fastapi import Depends, Request
 from service.engine import Engine
 from service.metrics import Metrics
 from service.registry import Registry
+from service.security import Tokens
 from service.settings import Settings
+
+
+class Lifecycle:
+    """Whether the server is on its way out; a signal handler sets it."""
+
+    draining = False
+
+    def drain(self) -> None:
+        """From now on the server says that it is not ready, and still works."""
+        self.draining = True
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,8 @@ class Context:
     registry: Registry
     engine: Engine
     decoders: ThreadPoolExecutor
+    tokens: Tokens
+    lifecycle: Lifecycle
 
 
 def _context(request: Request) -> Context:

@@ -5,6 +5,9 @@ OodgateError
 └── ServiceError                  what the server answers instead of a verdict
     ├── EmptyRequest              400  no body, or no file in the form
     ├── MalformedForm             400  multipart/form-data that cannot be parsed
+    ├── Unauthorized              401  no token, or an unknown one
+    ├── AdminOnly                 403  the admin's token is needed
+    ├── AdminDisabled             403  no admin token is configured
     ├── ModelNotFound             404  no model or version of that name
     ├── BodyTooLarge              413  longer than OODGATE_MAX_BODY_BYTES
     ├── TooManyImages             413  more than OODGATE_MAX_IMAGES
@@ -41,6 +44,24 @@ class MalformedForm(ServiceError):
     """The form cannot be parsed."""
 
     code, status = "malformed_form", 400
+
+
+class Unauthorized(ServiceError):
+    """No token, or an unknown one."""
+
+    code, status = "unauthorized", 401
+
+
+class AdminOnly(ServiceError):
+    """The admin's token is needed."""
+
+    code, status = "admin_only", 403
+
+
+class AdminDisabled(ServiceError):
+    """No admin token is configured."""
+
+    code, status = "admin_disabled", 403
 
 
 class ModelNotFound(ServiceError):

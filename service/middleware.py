@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to every request: an id, a body limit, an access record, its metrics."""
+"""What happens to every request: an id, a caller, a body limit, an access record, its metrics."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import uuid
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLarge, BuffersFull
+from service.errors import BodyTooLarge, BuffersFull, Unauthorized
 from service.metrics import Metrics
-from service.problems import unexpected
+from service.problems import response, unexpected
+from service.security import ANONYMOUS, Caller, Tokens, is_open_path
 
 log = logging.getLogger("service.access")
 
@@ -24,8 +25,10 @@ _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 class Observe:
     """Give the request an id, hold its body to the limit, and record how it ended."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, max_buffered_bytes: int) -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, tokens: Tokens, max_body_bytes: int, max_buffered_bytes: int
+    ) -> None:
+        self.app, self.metrics, self.tokens = app, metrics, tokens
         self.max_body_bytes, self.max_buffered_bytes = max_body_bytes, max_buffered_bytes
         self._buffered = 0  # bytes of all bodies under way; the event loop alone touches it
 
@@ -47,7 +50,10 @@ class Observe:
 
         with self.metrics.in_progress.track_inprogress():
             try:
+                scope["caller"] = self._caller(scope)
                 await self.app(scope, body.receive, send_with_id)
+            except Unauthorized as error:
+                await response(error, Request(scope))(scope, body.receive, send_with_id)
             except Exception as error:
                 log.error("unexpected error", exc_info=error, extra={"request_id": request_id})
                 if status:
@@ -56,6 +62,12 @@ class Observe:
             finally:
                 self._buffered -= body.seen
                 self._record(scope, status, time.monotonic() - started)
+
+    def _caller(self, scope: Scope) -> Caller:
+        if is_open_path(scope["path"]):
+            return ANONYMOUS
+        sent = next((value for name, value in scope["headers"] if name == b"authorization"), None)
+        return self.tokens.caller(sent)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route = scope.get("route")

@@ -76,4 +76,6 @@ def _answer(document: dict[str, Any], request: Request) -> JSONResponse:
     whole = document | {"instance": request.url.path, "request_id": request.scope.get("request_id", "")}
     retry = document.get("retry_after_s")
     headers = {} if retry is None else {"Retry-After": str(retry)}
+    if document["status"] == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="oodgate"'
     return JSONResponse(whole, document["status"], headers, media_type=MEDIA_TYPE)

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from detector.images import DEFAULT_MAX_BYTES, DEFAULT_MAX_PIXELS, Limits
+from service.security import is_loopback
 
 CORES = os.cpu_count() or 1
 
@@ -28,6 +29,17 @@ class Settings(BaseSettings):
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    tokens: dict[str, str] = Field(
+        default_factory=dict, description="JSON object, NAME to SHA-256 of a token; none: open to all."
+    )
+    tokens_file: Path | None = Field(default=None, description="File of lines NAME:SHA256, more tokens.")
+    admin_token_sha256: str = Field(
+        default="", description="SHA-256 of the admin's token; empty: nothing can be changed."
+    )
+    allow_open: bool = Field(
+        default=False, description="Serve beyond this machine without tokens, where the network itself is guarded."
+    )
+    state_dir: Path = Field(default=Path("state"), description="Folder for what must outlive a restart.")
     device: str = Field(default="auto", description="cpu, cuda, cuda:N or auto.")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="A calibrated precision, or auto.")
     shadow_scores: tuple[str, ...] | None = Field(
@@ -54,6 +66,9 @@ class Settings(BaseSettings):
     shutdown_grace_s: float = Field(
         default=30.0, gt=0, description="Seconds to answer what was admitted before a stop."
     )
+    drain_seconds: float = Field(
+        default=0.0, ge=0, description="Seconds after SIGTERM in which work is still taken, not ready any more."
+    )
     engine_stall_s: float = Field(default=60.0, ge=5, description="Seconds in one batch after which liveness fails.")
     decode_threads: int = Field(default=max(1, CORES // 2), ge=1, description="Threads that decode images.")
     torch_threads: int = Field(
@@ -69,6 +84,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"OODGATE_QUEUE_CAPACITY is {self.queue_capacity}: a request of OODGATE_MAX_IMAGES = {self.max_images} "
                 "images could never be admitted. Raise the first or lower the second"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _open_only_to_this_machine(self) -> Self:
+        if not (self.tokens or self.tokens_file or self.allow_open or is_loopback(self.host)):
+            raise ValueError(
+                f"OODGATE_HOST {self.host} is reached from other machines, and no tokens are set: set OODGATE_TOKENS "
+                "or OODGATE_TOKENS_FILE, or OODGATE_ALLOW_OPEN=true where the network itself is guarded"
             )
         return self
 

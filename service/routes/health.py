@@ -23,7 +23,8 @@ async def live(context: Ctx) -> JSONResponse:
 async def ready(context: Ctx) -> JSONResponse:
     """200 once a model is loaded, proven and warm, while batches succeed, until the server begins to stop."""
     engine = context.engine
-    is_ready = context.registry.ready and engine.accepting and engine.alive and engine.healthy
+    working = engine.accepting and engine.alive and engine.healthy
+    is_ready = context.registry.ready and working and not context.lifecycle.draining
     return JSONResponse({"ready": is_ready, "live": engine.alive}, 200 if is_ready else 503)
 
 

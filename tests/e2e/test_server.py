@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -73,7 +72,7 @@ def test_a_stop_answers_everything_already_admitted() -> None:
             code = server.terminate()
             answers = [future.exception() is None and "decision" in future.result() for future in waiting]
         assert sum(answers) >= admitted
-        assert code in (0, -signal.SIGTERM)  # the signal is handed on once all is answered
+        assert code == 0
         assert any(record["message"] == "stopping" for record in server.log)
 
 

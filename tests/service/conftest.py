@@ -12,10 +12,10 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from service import Settings, create_app
 from service.context import Context
+from service.server import Server, configured
 
 
 class Running:
@@ -25,8 +25,8 @@ class Running:
         self.app = create_app(settings)
         self._up = threading.Event()
         self._socket = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(self.app, log_config=None, access_log=False, timeout_graceful_shutdown=20)
-        self.server = uvicorn.Server(config)
+        lifecycle = self.app.state.lifecycle
+        self.server = Server(configured(self.app, "127.0.0.1", 0, 20), drain_s=0, on_drain=lifecycle.drain)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""uvicorn with what production needs beside it: bounded request heads, a drain before the end, and exit code 0."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import HANDLED_SIGNALS
+
+MAX_HEAD_BYTES = 64 * 2**10  # request line and headers; a proxy in front allows 8 to 32 KiB
+HEAD_SECONDS = 10.0  # in which a head must be complete, and a new connection must begin one
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """HTTP/1.1 whose request heads are bounded in bytes and in time.
+
+    The parser under it keeps a head of any length, for as long as a client takes to send it.
+    """
+
+    _head_bytes = 0
+    _in_head = False
+    _refused = False
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._late = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        began_before = self._in_head
+        super().data_received(data)
+        if not self._in_head or self._refused or self.transport.is_closing():
+            return
+        if began_before:  # else the head shares this chunk with the request before it
+            self._head_bytes += len(data)
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _TOO_LARGE)
+        elif self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+
+    def on_message_begin(self) -> None:
+        self._in_head, self._head_bytes = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._cancel_timer()
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _TOO_LARGE)
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if not self._refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._refused:
+            super().on_message_complete()
+
+    def _head_is_late(self) -> None:
+        self._late = None
+        if self._in_head:
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the request's head was not complete within {HEAD_SECONDS:g} s")
+        else:
+            self.transport.close()
+
+    def _cancel_timer(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _refuse(self, status: HTTPStatus, detail: str) -> None:
+        self._refused = True
+        self._cancel_timer()
+        if self.cycle is None or self.cycle.response_complete:  # else an earlier request is being answered
+            code = status.name.lower()
+            problem = {
+                "type": f"urn:oodgate:error:{code}",
+                "title": status.phrase,
+                "status": int(status),
+                "detail": detail,
+                "code": code,
+                "error": detail,
+            }
+            body = json.dumps(problem).encode()
+            head = (
+                f"HTTP/1.1 {int(status)} {status.phrase}\r\ncontent-type: application/problem+json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+_TOO_LARGE = f"the request line and headers are longer than {MAX_HEAD_BYTES:,} bytes; send fewer or shorter headers"
+
+
+class Server(uvicorn.Server):
+    """Ends in order: not ready, drained, listener closed, everything admitted answered, exit code 0.
+
+    Args:
+        config: as for uvicorn.
+        drain_s: seconds between the first signal and the closing of the listener, in which work is still taken.
+        on_drain: told of the first signal.
+    """
+
+    def __init__(self, config: uvicorn.Config, *, drain_s: float, on_drain: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._drain_s, self._on_drain = drain_s, on_drain
+        self._close_at: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._close_at is None:
+            self._on_drain()
+            self._close_at = time.monotonic() + self._drain_s
+        else:  # asked twice: no more waiting for the load balancer
+            self._close_at = time.monotonic()
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = self._drain_s <= 0 or self.should_exit
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._close_at is not None and time.monotonic() >= self._close_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals without raising them again at the end: an orderly stop is a success."""
+        if threading.current_thread() is not threading.main_thread():  # no signals reach this one
+            yield
+            return
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in HANDLED_SIGNALS}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+
+def configured(app: Any, host: str, port: int, grace_s: float) -> uvicorn.Config:
+    """uvicorn's configuration of this service; its log goes through ours."""
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=BoundedProtocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(grace_s) + 1,
+    )
