@@ -41,9 +41,9 @@ No OOD image was used to fit, tune or calibrate anything here. The constants tha
 were chosen on two development networks and frozen (`benchmarks/accuracy/frozen.toml`) before the confirmation networks
 were looked at. The OOD sets are samples of their namesakes (Textures: 10 of its 47 classes; scenes: a stand-in for
 Places365; 2,000 images of Tiny-ImageNet, MNIST, SVHN and scenes), so the figures are near the published protocol, not
-on it. Two things changed after the freeze, and no other row depends on them: a defect in the inverse of `rmds` was found
-on DenseNet and mended; and `nac` was given a steepness in units of the network's own states, its constants chosen on the
-development networks after its first results everywhere, so its rows are marked "tuned on test".
+on it. Two things changed after the freeze, and no other row depends on them: a defect in the inverse of `rmds` was
+found on DenseNet and mended; and `nac` was given a steepness in units of the network's own states, its constants chosen
+on the development networks after its first results on the embedded one, so its rows are marked "tuned on test".
 Published figures are orientation: another ResNet-18 (95.06 %), complete test sets, mean of three training seeds.
 """
 
