@@ -9,8 +9,17 @@ from benchmarks.accuracy import run
 from benchmarks.accuracy.table import document, trust
 from detector import fitting
 from detector.scores import (
-    FitOptions, Fusion, boundary, fusion, gradient_norm, logit, nac, nearest, rectified, registry,
-)  # fmt: skip
+    FitOptions,
+    Fusion,
+    boundary,
+    fusion,
+    gradient_norm,
+    logit,
+    nac,
+    nearest,
+    rectified,
+    registry,
+)
 from tests.helpers import ROOT
 
 
