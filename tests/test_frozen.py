@@ -8,7 +8,18 @@ import tomllib
 from benchmarks.accuracy import run
 from benchmarks.accuracy.table import document, trust
 from detector import fitting
-from detector.scores import FitOptions, Fusion, boundary, fusion, gradient_norm, logit, nearest, rectified, registry
+from detector.scores import (
+    FitOptions,
+    Fusion,
+    boundary,
+    fusion,
+    gradient_norm,
+    logit,
+    nac,
+    nearest,
+    rectified,
+    registry,
+)
 from tests.helpers import ROOT
 
 
@@ -28,9 +39,19 @@ def test_the_code_holds_the_frozen_constants() -> None:
     assert rivals["scale_percentile"] == rectified.SCALE_PERCENTILE
     assert (rivals["gen_power"], rivals["gen_classes"]) == (logit.GEN_POWER, logit.GEN_CLASSES)
     assert rivals["nci_alpha"] == boundary.NCI_ALPHA
+    assert frozen["nac"]["thresholds"] == nac.THRESHOLDS
+    assert frozen["nac"]["full_coverage_pooled"] == nac.FULL_POOLED
+    assert frozen["nac"]["full_coverage_stage"] == nac.FULL_STAGE
     assert tuple(frozen["fusion"]["members"]) == Fusion.members
     assert frozen["fusion"]["tail"] == fusion.TAIL
     assert frozen["policy"]["decider"] == fitting.default_decider(tuned=True)
+
+
+def test_no_row_of_a_score_that_changed_after_the_freeze_is_without_its_mark() -> None:
+    for name in tomllib.loads((ROOT / "benchmarks" / "accuracy" / "frozen.toml").read_text())["changed"]["scores"]:
+        rows = [line for line in document().splitlines() if line.startswith(f"| `{name}`")]
+        assert rows
+        assert all(line.startswith(f"| `{name}` (tuned on test) |") for line in rows)
 
 
 def test_the_results_are_those_that_were_measured() -> None:

@@ -15,9 +15,9 @@ from detector.scores.base import Gatherer, State, register
 from detector.scores.gaia import stages
 from detector.scores.gather import Images
 
-# (full coverage O, thresholds M, steepness alpha) of the pooled features, then of the stages before the last, nearest
-# first: the authors' choice for CIFAR-10 and a ResNet-18.
-PARAMETERS = ((50, 50, 100.0), (100, 500, 1000.0), (5, 50, 0.001), (100, 500, 0.001))
+THRESHOLDS = 50  # M: 49 bins
+FULL_POOLED, FULL_STAGE = 10, 1  # O, training images in a bin that is covered in full
+STAGES = 3
 
 
 class SomeImages(Images):
@@ -40,56 +40,64 @@ class Nac(BackwardScore):
     """-(mean over layers of the mean over channels of min(count / O, 1)), the count of training images in its bin.
 
     A channel's state is sigmoid(alpha z g), z its activation and g the gradient of the cross-entropy to the uniform,
-    both summed over positions; a histogram of the states of 1,000 class-balanced training images is kept for each
-    channel. Layers: the pooled features and up to three stages `layerN` before the last (`layer3`, `layer2`, `layer1`
-    of a ResNet); the pooled features alone where no children have these names.
+    both summed over positions; alpha is 1 / mean |z g| of the layer over the training images. A histogram of the states
+    of 1,000 class-balanced training images is kept for each channel. Layers: the pooled features and up to three stages
+    `layerN` before the last (`layer3`, `layer2`, `layer1` of a ResNet); the pooled features alone where no children
+    have these names.
 
-    State: coverage float32 [channels of all layers, 499], min(count / O, 1), layer below layer; a layer with fewer
-    bins leaves zeros.
+    State: coverage float32 [channels of all layers, 49], min(count / O, 1), layer below layer; steepness float32
+    [layers], alpha.
     """
 
     name: ClassVar[str] = "nac"
     gathers: ClassVar[tuple[type[Gatherer], ...]] = (SomeImages,)
-    tensors: ClassVar[tuple[str, ...]] = ("coverage",)
+    tensors: ClassVar[tuple[str, ...]] = ("coverage", "steepness")
     coverage: Tensor
+    steepness: Tensor
 
     def _fit(self, backbone: Backbone) -> State:
         self._attach(backbone)
         images, _ = self.got(SomeImages).images()
-        counts: list[Tensor] = []
-        for part in torch.split(images, IMAGES):
-            bins = self._bins(part)
-            counts = counts or [torch.zeros(layer.shape[1], self._widest, device=layer.device) for layer in bins]
-            for count, layer in zip(counts, bins, strict=True):
-                count.scatter_add_(1, layer.T, torch.ones_like(layer.T, dtype=count.dtype))
-        covered = [(count / full).clamp_max(1) for count, (full, _, _) in zip(counts, PARAMETERS, strict=False)]
-        return {"coverage": torch.cat(covered)}
+        parts = [self._products(part) for part in torch.split(images, IMAGES)]
+        layers = [torch.cat(layer) for layer in zip(*parts, strict=True)]
+        # Without a unit of the layer's own, a narrow network fills the two end bins alone: z g adds up to the margin
+        # of the logits over all channels. A layer that is off everywhere keeps a finite alpha.
+        means = torch.stack([layer.abs().mean() for layer in layers])
+        steepness = (1 / means.clamp_min(torch.finfo(torch.float32).tiny)).float()
+        covered = []
+        for index, (layer, alpha) in enumerate(zip(layers, steepness, strict=True)):
+            bins = self._bins(layer, alpha)
+            count = torch.zeros(len(bins), THRESHOLDS - 1, device=bins.device)
+            count.scatter_add_(1, bins, torch.ones_like(bins, dtype=count.dtype))
+            covered.append((count / (FULL_STAGE if index else FULL_POOLED)).clamp_max(1))
+        return {"coverage": torch.cat(covered), "steepness": steepness}
 
     def _attach(self, backbone: Backbone) -> None:
         super()._attach(backbone)
-        self._stages = stages(backbone.module)[:-1][::-1][: len(PARAMETERS) - 1]
-        self._edges = [thresholds(count).to(backbone.device) for _, count, _ in PARAMETERS]
-        self._widest = max(len(edges) for edges in self._edges) - 1
+        self._stages = stages(backbone.module)[:-1][::-1][:STAGES]
+        self._edges = thresholds(THRESHOLDS).to(backbone.device)
 
     def _score_images(self, images: Tensor) -> Tensor:
         means, first = [], 0
-        for layer in self._bins(images):
-            rows = self.coverage[first : first + layer.shape[1]]
-            means.append(rows.gather(1, layer.T).double().mean(dim=0))
-            first += layer.shape[1]
+        for layer, alpha in zip(self._products(images), self.steepness, strict=True):
+            bins = self._bins(layer, alpha)
+            rows = self.coverage[first : first + len(bins)]
+            means.append(rows.gather(1, bins).double().mean(dim=0))
+            first += len(bins)
         return -torch.stack(means).mean(dim=0)
 
-    def _bins(self, images: Tensor) -> list[Tensor]:
-        """The bin of each channel's state, int64 [N, channels], layer by layer."""
+    def _products(self, images: Tensor) -> list[Tensor]:
+        """z g of each channel, float64 [N, channels], layer by layer."""
         outputs, taps = self._backbone.differentiable(images, self._stages)
         loss = -torch.log_softmax(outputs.logits, dim=1).mean(dim=1).sum()
         layers = [outputs.penultimate, *(taps[name] for name in self._stages if name in taps)]
         gradients = torch.autograd.grad(loss, layers)
-        bins = []
-        for z, g, edges, (_, _, steepness) in zip(layers, gradients, self._edges, PARAMETERS, strict=False):
-            state = torch.sigmoid(steepness * _summed(z.detach()) * _summed(g))
-            bins.append(torch.searchsorted(edges, state, right=True) - 1)
-        return bins
+        return [_summed(z.detach()) * _summed(g) for z, g in zip(layers, gradients, strict=True)]
+
+    def _bins(self, products: Tensor, alpha: Tensor) -> Tensor:
+        """The bin of each channel's state, int64 [channels, N]."""
+        states = torch.sigmoid(alpha * products).T.contiguous()
+        return torch.searchsorted(self._edges, states, right=True) - 1
 
 
 def _summed(maps: Tensor) -> Tensor:

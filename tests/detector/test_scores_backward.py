@@ -19,7 +19,7 @@ from detector.networks import CIFAR_PREPROCESSING
 from detector.scores import FitOptions, Score, registry
 from detector.scores.gaia import GaiaA, GaiaZ, batch_norms, late_batch_norms, output_gradient
 from detector.scores.lowdim import LowDimLast, LowDimLastKnn, last_layer_blocks, train_probe
-from detector.scores.nac import PARAMETERS, Nac, thresholds
+from detector.scores.nac import FULL_POOLED, FULL_STAGE, THRESHOLDS, Nac, thresholds
 from detector.scores.subspace import LARGEST, WhitenedRows, class_averages, principal, refuse_large
 from tests.helpers import TOY_CLASSES, toy_images
 
@@ -331,30 +331,65 @@ def test_thresholds_are_mirrored_at_one_half(count: int) -> None:
 def test_nac_is_the_mean_coverage_of_the_neuron_states(
     exact: Small, fitted: dict[str, Score], seen: tuple[Outputs, Tensor], held_out: Outputs
 ) -> None:
-    def states(x: Tensor) -> list[Tensor]:
+    def products(x: Tensor) -> list[Tensor]:
         kept, logits = activations(exact, ("layer1", "layer2", "layer3", "avgpool"), x)
         gradients = torch.autograd.grad(-torch.log_softmax(logits, dim=1).mean(dim=1).sum(), kept)
         pairs = list(zip(kept, gradients, strict=True))[::-1]
-        return [
-            torch.sigmoid(alpha * z.detach().sum(dim=(2, 3)) * g.sum(dim=(2, 3)))
-            for (z, g), (_, _, alpha) in zip(pairs, PARAMETERS, strict=True)
-        ]
+        return [z.detach().sum(dim=(2, 3)) * g.sum(dim=(2, 3)) for z, g in pairs]
 
     rows = registry()["nac"](OPTIONS).partial_fit(*seen).got(Nac.gathers[0])
     train = replace(held_out, inputs=rows.images()[0])  # type: ignore[attr-defined]
     layers = []
-    for known, new, (full, count, _) in zip(
-        states(pixels_of(train)), states(pixels_of(held_out)), PARAMETERS, strict=True
-    ):
-        edges = thresholds(count).numpy()
+    full = (FULL_POOLED, FULL_STAGE, FULL_STAGE, FULL_STAGE)
+    edges = thresholds(THRESHOLDS).numpy()
+    for known, new, enough in zip(products(pixels_of(train)), products(pixels_of(held_out)), full, strict=True):
         columns = []
         for channel in range(known.shape[1]):
-            histogram = np.histogram(known[:, channel], bins=edges)[0]
-            columns.append(np.minimum(histogram / full, 1)[np.digitize(new[:, channel], edges) - 1])
+            states = [torch.sigmoid(part[:, channel] / known.abs().mean()).numpy() for part in (known, new)]
+            histogram = np.histogram(states[0], bins=edges)[0]
+            columns.append(np.minimum(histogram / enough, 1)[np.digitize(states[1], edges) - 1])
         layers.append(np.mean(columns, axis=0))
     found = fitted["nac"].score(held_out).numpy()
     # A state on an edge may fall to either side of it in float32: hence not all images.
     assert np.quantile(np.abs(found + np.mean(layers, axis=0)), 0.9) < 1e-6
+
+
+class Widened(Small):
+    """Small with every feature 64 times, and the same logits."""
+
+    def __init__(self, narrow: Small) -> None:
+        super().__init__()
+        self.load_state_dict(narrow.state_dict())
+        self.fc = nn.Linear(64 * 12, CLASSES)
+        self.fc.weight.data = narrow.fc.weight.repeat(1, 64) / 64
+        self.fc.bias.data = narrow.fc.bias.clone()
+        self.avgpool = nn.Sequential(self.avgpool, nn.Flatten(), Repeated())  # type: ignore[assignment]
+
+
+class Repeated(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat(1, 64)
+
+
+def test_nac_is_the_same_however_many_features_make_the_logits(
+    backbone: Backbone, fitted: dict[str, Score], held_out: Outputs
+) -> None:
+    assert isinstance(backbone.module, Small)
+    images, labels = toy_images(160, seed=1)
+    wide = small(Widened(backbone.module))
+    score = Nac(OPTIONS).partial_fit(outputs_of(wide, images), torch.from_numpy(labels)).finalize(wide)
+    found = score.score(wide.outputs(held_out.inputs, inputs=True))  # type: ignore[arg-type]
+    difference = (found - fitted["nac"].score(held_out)).abs()
+    assert difference.quantile(0.9) < 1e-6  # a state on an edge may fall to either side of it
+
+
+def test_a_layer_that_is_off_for_all_images_leaves_nac_finite(seen: tuple[Outputs, Tensor], held_out: Outputs) -> None:
+    module = Small()
+    off = module.get_submodule("layer4.1")
+    assert isinstance(off, nn.BatchNorm2d)
+    off.bias.data.fill_(-100)
+    dead = Nac(OPTIONS).partial_fit(*seen).finalize(small(module))
+    assert torch.isfinite(dead.score(held_out)).all()
 
 
 # --- ExGrad ---------------------------------------------------------------------------------------------------------
