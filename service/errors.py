@@ -57,6 +57,11 @@ class AdminDisabled(ServiceError):
 
     code, status = "admin_disabled", 403
 
+    def __init__(self) -> None:
+        super().__init__(
+            "this takes the admin token, and none is configured. Put the model in its folder and restart the server."
+        )
+
 
 class ModelNotFound(ServiceError):
     """There is no model or version of that name."""
