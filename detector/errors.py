@@ -61,7 +61,7 @@ class TooManyPixels(ImageError):
 
     def __init__(self, width: int, height: int, limit: int) -> None:
         super().__init__(
-            f"the image header announces {width} x {height} = {width * height:,} pixels; the limit is {limit:,}. "
+            f"the image announces {width} x {height} = {width * height:,} pixels; the limit is {limit:,}. "
             "Send a smaller image."
         )
         self.width, self.height, self.limit = width, height, limit

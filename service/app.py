@@ -20,7 +20,7 @@ from service.engine import Answer, Engine, ServedModel
 from service.metrics import Metrics
 from service.middleware import Observe
 from service.registry import Registry
-from service.routes import health, models, verdict
+from service.routes import health, models, oip, verdict
 from service.security import Tokens, read_tokens
 from service.settings import Settings
 
@@ -76,7 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
         max_buffered_bytes=settings.max_buffered_bytes,
     )
     problems.install(app)
-    for part in (verdict, models, health):
+    for part in (verdict, oip, models, health):
         app.include_router(part.router)
     return app
 

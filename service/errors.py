@@ -5,12 +5,14 @@ OodgateError
 └── ServiceError                  what the server answers instead of a verdict
     ├── EmptyRequest              400  no body, or no file in the form
     ├── MalformedForm             400  multipart/form-data that cannot be parsed
+    ├── MalformedRequest          400  an Open Inference Protocol request that cannot be understood
     ├── Unauthorized              401  no token, or an unknown one
     ├── AdminOnly                 403  the admin's token is needed
     ├── AdminDisabled             403  no admin token is configured
     ├── ModelNotFound             404  no model or version of that name
     ├── BodyTooLarge              413  longer than OODGATE_MAX_BODY_BYTES
     ├── TooManyImages             413  more than OODGATE_MAX_IMAGES
+    ├── TooManyValues             413  more numbers in JSON than are worth parsing
     ├── UnsupportedMediaType      415  neither an image type nor multipart/form-data
     ├── QueueFull                 429  OODGATE_QUEUE_CAPACITY images are under way
     ├── ScoringFailed             500  the network or a score failed on this batch
@@ -63,6 +65,15 @@ class AdminDisabled(ServiceError):
 
     code, status = "admin_disabled", 403
 
+    def __init__(self) -> None:
+        super().__init__("no admin token is configured, so nothing can be changed; set OODGATE_ADMIN_TOKEN_SHA256")
+
+
+class MalformedRequest(ServiceError):
+    """An Open Inference Protocol request cannot be understood."""
+
+    code, status = "malformed_request", 400
+
 
 class ModelNotFound(ServiceError):
     """There is no model or version of that name."""
@@ -87,6 +98,18 @@ class TooManyImages(ServiceError):
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"the request carries more than {limit} images. Send them in several requests.")
+
+
+class TooManyValues(ServiceError):
+    """A request holds more JSON values than the limit."""
+
+    code, status = "too_many_values", 413
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"the JSON holds more than {limit:,} values. Send the tensor as binary data, or the encoded files as "
+            "image_bytes."
+        )
 
 
 class UnsupportedMediaType(ServiceError):

@@ -17,7 +17,13 @@ from detector.policy import Decider, Reason, Verdict
 STAGES = ("read", "decode", "queue", "forward", "score", "respond")
 REASONS: tuple[Reason, ...] = ("none", "ood", "low_confidence")
 REJECTIONS = ("queue_full", "deadline", "too_large", "pixels", "bad_image", "media_type", "not_ready")
-HANDLERS = ("/v1/verdict", "/v1/models/{name}/verdict", "/v1/models/{name}/versions/{version}/verdict")
+HANDLERS = (
+    "/v1/verdict",
+    "/v1/models/{name}/verdict",
+    "/v1/models/{name}/versions/{version}/verdict",
+    "/v2/models/{name}/infer",
+    "/v2/models/{name}/versions/{version}/infer",
+)
 P_VALUE_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

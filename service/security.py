@@ -98,9 +98,7 @@ class Tokens:
             AdminOnly: the caller is not the admin.
         """
         if not self.has_admin:
-            raise AdminDisabled(
-                "no admin token is configured, so nothing can be changed here; set OODGATE_ADMIN_TOKEN_SHA256"
-            )
+            raise AdminDisabled
         if not caller.admin:
             raise AdminOnly("this needs the admin token")
 

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,25 +13,12 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from detector.errors import ImageError, OodgateError, TooManyBytes, TooManyPixels
-from detector.images import decode
+from detector.errors import OodgateError
 from service import problems
 from service.context import Context, Ctx
-from service.engine import Answer, ServedModel
-from service.errors import (
-    BodyTooLarge,
-    BuffersFull,
-    DeadlinePassed,
-    EmptyRequest,
-    EngineLost,
-    MalformedForm,
-    NotReady,
-    QueueFull,
-    ServiceError,
-    SlowRequest,
-    TooManyImages,
-    UnsupportedMediaType,
-)
+from service.engine import ServedModel
+from service.errors import EmptyRequest, MalformedForm, ServiceError, TooManyImages, UnsupportedMediaType
+from service.judging import Judged, count_rejection, counting_rejections, judge_all, read_in_time
 from service.schemas import Problem, VerdictBody, VerdictList, verdict_body
 
 router = APIRouter(tags=["verdict"])
@@ -53,29 +39,6 @@ _DOCUMENTED: dict[str, Any] = {
         **{status: {"model": Problem} for status in (400, 404, 408, 413, 415, 422, 429, 500, 503, 504)},
     },
 }
-_REJECTION: dict[type[OodgateError], str] = {
-    QueueFull: "queue_full",
-    BuffersFull: "queue_full",
-    SlowRequest: "deadline",
-    DeadlinePassed: "deadline",
-    BodyTooLarge: "too_large",
-    TooManyImages: "too_large",
-    TooManyBytes: "too_large",
-    TooManyPixels: "pixels",
-    ImageError: "bad_image",
-    UnsupportedMediaType: "media_type",
-    NotReady: "not_ready",
-    EngineLost: "not_ready",
-}
-
-
-@dataclass(frozen=True)
-class Judged:
-    """An answer, and the seconds its image took to decode and in all."""
-
-    answer: Answer
-    decode_s: float
-    total_s: float
 
 
 @router.post("/v1/verdict", operation_id="verdict", summary="Judge images by the default model", **_DOCUMENTED)
@@ -104,32 +67,16 @@ async def version_verdict(name: str, version: str, request: Request, context: Ct
 
 
 async def _respond(request: Request, context: Context, name: str | None, version: str | None) -> JSONResponse:
-    try:
+    with counting_rejections(context):
         model = context.registry.get(name, version)
-        with context.engine.admit(1):
-            pass  # a full queue says so before a body is sent in vain
         started = time.monotonic()
-        files, several = await _read_in_time(request, context)
-        context.metrics.stage_seconds.labels("read").observe(time.monotonic() - started)
-        with context.engine.admit(len(files)):
-            deadline = time.monotonic() + context.settings.request_timeout_s
-            results = await _judge_all(context, model, files, started, deadline)
-    except OodgateError as error:
-        _count_rejection(context, error)
-        raise
+        files, several = await read_in_time(context, partial(_read, request, context))
+        deadline = time.monotonic() + context.settings.request_timeout_s
+        results = await judge_all(context, model, files, started, deadline)
     responding = time.monotonic()
     answer = _body(request, model, results) if several else _single(request, model, results[0])
     context.metrics.stage_seconds.labels("respond").observe(time.monotonic() - responding)
     return answer
-
-
-async def _read_in_time(request: Request, context: Context) -> tuple[list[bytes], bool]:
-    seconds = context.settings.request_timeout_s
-    try:
-        async with asyncio.timeout(seconds):
-            return await _read(request, context)
-    except TimeoutError:
-        raise SlowRequest(seconds) from None
 
 
 async def _read(request: Request, context: Context) -> tuple[list[bytes], bool]:
@@ -172,40 +119,9 @@ async def _read_form(request: Request, max_images: int, max_bytes: int) -> list[
     return files
 
 
-async def _judge_all(
-    context: Context, model: ServedModel, files: Sequence[bytes], started: float, deadline: float
-) -> list[Judged | OodgateError]:
-    """One result an image; an image that fails does so alone."""
-    results = await asyncio.gather(
-        *(_judge(context, model, data, started, deadline) for data in files), return_exceptions=True
-    )
-    judged: list[Judged | OodgateError] = []
-    for result in results:
-        if isinstance(result, BaseException) and not isinstance(result, OodgateError):
-            raise result
-        judged.append(result)
-    return judged
-
-
-async def _judge(context: Context, model: ServedModel, data: bytes, started: float, deadline: float) -> Judged:
-    preprocessing = model.detector.manifest.preprocessing
-    limits = context.settings.limits
-
-    def timed_decode() -> tuple[Any, float]:
-        began = time.monotonic()
-        if began > deadline:
-            raise DeadlinePassed(context.settings.request_timeout_s)
-        return decode(data, preprocessing, limits), time.monotonic() - began
-
-    image, decode_s = await asyncio.get_running_loop().run_in_executor(context.decoders, timed_decode)
-    context.metrics.stage_seconds.labels("decode").observe(decode_s)
-    answer = await context.engine.judge(model, image, deadline)
-    return Judged(answer, decode_s, time.monotonic() - started)
-
-
 def _single(request: Request, model: ServedModel, result: Judged | OodgateError) -> JSONResponse:
     if isinstance(result, OodgateError):
-        _count_rejection(request.app.state.context, result)
+        count_rejection(request.app.state.context, result)
         return problems.response(result, request, index=0)
     body = verdict_body(model, result.answer, request.scope["request_id"], result.decode_s, result.total_s)
     return JSONResponse(body, headers={"X-OODGate-Decision": body["decision"]})
@@ -217,7 +133,7 @@ def _body(request: Request, model: ServedModel, results: Sequence[Judged | Oodga
     if len(failures) == len(results) and all(isinstance(failure, ServiceError) for failure in failures):
         raise failures[0]  # the server failed, not the images: say so in the status
     for failure in failures:
-        _count_rejection(request.app.state.context, failure)
+        count_rejection(request.app.state.context, failure)
     bodies = [
         {"problem": problems.problem(result, index=index)}
         if isinstance(result, OodgateError)
@@ -227,9 +143,3 @@ def _body(request: Request, model: ServedModel, results: Sequence[Judged | Oodga
     # The strictest decision of all: a caller that reads the header alone forwards only what is wholly accepted.
     accepted = all(body.get("decision") == "accept" for body in bodies)
     return JSONResponse({"verdicts": bodies}, headers={"X-OODGate-Decision": "accept" if accepted else "defer"})
-
-
-def _count_rejection(context: Context, error: OodgateError) -> None:
-    reason = next((reason for kind, reason in _REJECTION.items() if isinstance(error, kind)), None)
-    if reason is not None:
-        context.metrics.rejected.labels(reason).inc()

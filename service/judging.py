@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read -> decode -> judge: what every route that judges images does, under the same limits and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from PIL import Image
+
+from detector.errors import ImageError, OodgateError, TooManyBytes, TooManyPixels
+from detector.images import Limits, Pixels, Preprocessing, decode, resize
+from service.context import Context
+from service.engine import Answer, ServedModel
+from service.errors import (
+    BodyTooLarge,
+    BuffersFull,
+    DeadlinePassed,
+    EngineLost,
+    NotReady,
+    QueueFull,
+    SlowRequest,
+    TooManyImages,
+    TooManyValues,
+    UnsupportedMediaType,
+)
+
+T = TypeVar("T")
+Picture = bytes | Pixels  # an encoded file, or uint8 [H, W, 3] of any size
+
+_REJECTION: dict[type[OodgateError], str] = {
+    QueueFull: "queue_full",
+    BuffersFull: "queue_full",
+    SlowRequest: "deadline",
+    DeadlinePassed: "deadline",
+    BodyTooLarge: "too_large",
+    TooManyImages: "too_large",
+    TooManyValues: "too_large",
+    TooManyBytes: "too_large",
+    TooManyPixels: "pixels",
+    ImageError: "bad_image",
+    UnsupportedMediaType: "media_type",
+    NotReady: "not_ready",
+    EngineLost: "not_ready",
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer, and the seconds its image took to decode and in all."""
+
+    answer: Answer
+    decode_s: float
+    total_s: float
+
+
+def count_rejection(context: Context, error: OodgateError) -> None:
+    """Count a request or an image that was not judged."""
+    reason = next((reason for kind, reason in _REJECTION.items() if isinstance(error, kind)), None)
+    if reason is not None:
+        context.metrics.rejected.labels(reason).inc()
+
+
+@contextmanager
+def counting_rejections(context: Context) -> Iterator[None]:
+    """Count the error that a request ends in."""
+    try:
+        yield
+    except OodgateError as error:
+        count_rejection(context, error)
+        raise
+
+
+async def read_in_time(context: Context, read: Callable[[], Awaitable[T]]) -> T:
+    """Read a request's body, unless the queue is full already.
+
+    Raises:
+        QueueFull, NotReady, EngineLost: said before a body is sent in vain.
+        SlowRequest: the body did not arrive in time.
+    """
+    with context.engine.admit(1):
+        pass
+    started, seconds = time.monotonic(), context.settings.request_timeout_s
+    try:
+        async with asyncio.timeout(seconds):
+            result = await read()
+    except TimeoutError:
+        raise SlowRequest(seconds) from None
+    context.metrics.stage_seconds.labels("read").observe(time.monotonic() - started)
+    return result
+
+
+async def in_decoder(context: Context, deadline: float, work: Callable[[], T]) -> T:
+    """Do work off the event loop. Raises DeadlinePassed where its turn comes too late."""
+
+    def unless_late() -> T:
+        if time.monotonic() > deadline:
+            raise DeadlinePassed(context.settings.request_timeout_s)
+        return work()
+
+    return await asyncio.get_running_loop().run_in_executor(context.decoders, unless_late)
+
+
+async def judge_all(
+    context: Context, model: ServedModel, pictures: Sequence[Picture], started: float, deadline: float
+) -> list[Judged | OodgateError]:
+    """One result an image; an image that fails does so alone.
+
+    Args:
+        context: the server's parts.
+        model: what to judge with.
+        pictures: the images, within the limit of one request.
+        started: when the request began, on the clock of time.monotonic().
+        deadline: when it is given up, on the same clock.
+
+    Raises:
+        QueueFull, NotReady, EngineLost: nothing was admitted.
+    """
+    with context.engine.admit(len(pictures)):
+        results = await asyncio.gather(
+            *(_judge(context, model, picture, started, deadline) for picture in pictures), return_exceptions=True
+        )
+    judged: list[Judged | OodgateError] = []
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, OodgateError):
+            raise result
+        judged.append(result)
+    return judged
+
+
+async def _judge(context: Context, model: ServedModel, picture: Picture, started: float, deadline: float) -> Judged:
+    preprocessing, limits = model.detector.manifest.preprocessing, context.settings.limits
+
+    def timed() -> tuple[Pixels, float]:
+        began = time.monotonic()
+        return _network_input(picture, preprocessing, limits), time.monotonic() - began
+
+    image, decode_s = await in_decoder(context, deadline, timed)
+    context.metrics.stage_seconds.labels("decode").observe(decode_s)
+    answer = await context.engine.judge(model, image, deadline)
+    return Judged(answer, decode_s, time.monotonic() - started)
+
+
+def _network_input(picture: Picture, preprocessing: Preprocessing, limits: Limits) -> Pixels:
+    if isinstance(picture, bytes):
+        return decode(picture, preprocessing, limits)
+    height, width = picture.shape[:2]
+    if width * height > limits.max_pixels:
+        raise TooManyPixels(width, height, limits.max_pixels)
+    return resize(Image.fromarray(picture), preprocessing)
