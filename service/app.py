@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -15,16 +16,19 @@ from fastapi import FastAPI
 from detector import __version__
 from detector.errors import OodgateError
 from service import problems
+from service.audit import Audit, NoAudit
 from service.context import Context, Lifecycle
 from service.engine import Answer, Engine, ServedModel
 from service.metrics import Metrics
 from service.middleware import Observe
 from service.registry import Registry
-from service.routes import health, models, oip, verdict
-from service.security import Tokens, read_tokens
+from service.routes import admin, health, models, oip, verdict
+from service.security import Tokens, is_loopback, read_tokens
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
+
+LAG_EVERY_S = 0.25
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -44,6 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
         torch.set_num_threads(settings.torch_threads)
         registry = Registry(settings, metrics)
         try:
+            audit = _audit(settings, metrics)
             registry.load_all()
         except OodgateError as error:
             log.error("cannot serve: %s", error, extra={"code": error.code})
@@ -59,11 +64,18 @@ def create_app(settings: Settings) -> FastAPI:
         )
         metrics.watch(lambda: engine.depth, lambda: time.time() - engine.pulse_age_s, settings.queue_capacity)
         with ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode") as decoders:
-            app.state.context = Context(settings, metrics, registry, engine, decoders, tokens, lifecycle)
+            app.state.context = Context(settings, metrics, registry, engine, decoders, tokens, lifecycle, audit)
+            chores = [asyncio.create_task(chore) for chore in _chores(settings, metrics, registry)]
+            if tokens.open and not is_loopback(settings.host):
+                log.warning("open to everybody who reaches it: no tokens are set", extra={"host": settings.host})
             log.info("ready", extra={"models": registry.names, "seconds": round(time.monotonic() - started, 3)})
             yield
             log.info("stopping", extra={"admitted": engine.depth})
+            for chore in chores:
+                chore.cancel()
             await engine.close(settings.shutdown_grace_s)
+            registry.close()
+            audit.close()
 
     # The interactive pages would load scripts from elsewhere; the document itself stays.
     app = FastAPI(title="oodgate", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -76,9 +88,37 @@ def create_app(settings: Settings) -> FastAPI:
         max_buffered_bytes=settings.max_buffered_bytes,
     )
     problems.install(app)
-    for part in (verdict, oip, models, health):
+    for part in (verdict, oip, models, admin, health):
         app.include_router(part.router)
     return app
+
+
+def _audit(settings: Settings, metrics: Metrics) -> Audit | NoAudit:
+    if not settings.audit:
+        return NoAudit()
+    directory = settings.state_dir / "audit"
+    return Audit(
+        directory, max_bytes=settings.audit_max_bytes, keep=settings.audit_keep, on_loss=metrics.audit_lost.inc
+    )
+
+
+def _chores(settings: Settings, metrics: Metrics, registry: Registry) -> Iterator[Coroutine[None, None, None]]:
+    """What is done again and again beside the requests."""
+
+    async def measure_lag() -> None:
+        while True:
+            due = time.monotonic() + LAG_EVERY_S
+            await asyncio.sleep(LAG_EVERY_S)
+            metrics.loop_lag.observe(max(0.0, time.monotonic() - due))
+
+    async def look_for_versions() -> None:
+        while True:
+            await asyncio.sleep(settings.poll_seconds)
+            await registry.load_newer()
+
+    yield measure_lag()
+    if settings.poll_seconds:
+        yield look_for_versions()
 
 
 def _record(metrics: Metrics, model: ServedModel, answers: Sequence[Answer]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.audit import Audit, NoAudit
 from service.engine import Engine
 from service.metrics import Metrics
 from service.registry import Registry
@@ -37,6 +38,7 @@ class Context:
     decoders: ThreadPoolExecutor
     tokens: Tokens
     lifecycle: Lifecycle
+    audit: Audit | NoAudit
 
 
 def _context(request: Request) -> Context:

@@ -5,7 +5,7 @@ OodgateError
 └── ServiceError                  what the server answers instead of a verdict
     ├── EmptyRequest              400  no body, or no file in the form
     ├── MalformedForm             400  multipart/form-data that cannot be parsed
-    ├── MalformedRequest          400  an Open Inference Protocol request that cannot be understood
+    ├── MalformedRequest          400  JSON that cannot be understood
     ├── Unauthorized              401  no token, or an unknown one
     ├── AdminOnly                 403  the admin's token is needed
     ├── AdminDisabled             403  no admin token is configured
@@ -15,6 +15,7 @@ OodgateError
     ├── TooManyValues             413  more numbers in JSON than are worth parsing
     ├── UnsupportedMediaType      415  neither an image type nor multipart/form-data
     ├── QueueFull                 429  OODGATE_QUEUE_CAPACITY images are under way
+    ├── StateUnwritable           500  OODGATE_STATE_DIR cannot be written
     ├── ScoringFailed             500  the network or a score failed on this batch
     ├── NotReady                  503  no model is loaded, or the server is stopping
     ├── EngineLost                503  the inference thread has ended
@@ -23,6 +24,7 @@ OodgateError
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 from detector.errors import OodgateError
@@ -70,7 +72,7 @@ class AdminDisabled(ServiceError):
 
 
 class MalformedRequest(ServiceError):
-    """An Open Inference Protocol request cannot be understood."""
+    """The JSON of a request cannot be understood."""
 
     code, status = "malformed_request", 400
 
@@ -151,6 +153,15 @@ class ScoringFailed(ServiceError):
     """The network or a score failed on the batch."""
 
     code, status = "scoring_failed", 500
+
+
+class StateUnwritable(ServiceError):
+    """What must outlive a restart cannot be written."""
+
+    code, status = "state_unwritable", 500
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(f"{path} cannot be written: {error.strerror}. Nothing was changed; see OODGATE_STATE_DIR.")
 
 
 class NotReady(ServiceError):

@@ -100,10 +100,15 @@ class Metrics:
         self.in_progress = gauge("requests_in_progress", "Requests being answered.")
         self.rejected = counter("requests_rejected", "Requests or images not judged.", ("reason",))
         self.heartbeat = gauge("engine_heartbeat_timestamp_seconds", "When the inference thread last showed life.")
+        self.audit_lost = counter("audit_lines_lost", "Audit lines that could not be written.")
+        self.loop_lag = histogram(
+            "event_loop_lag_seconds", "How much later than asked the event loop woke up.", (), LATENCY_BUCKETS
+        )
         self.engine_restarts = counter("engine_restarts", "Times the inference loop was lost and began again.")
         self._start_at_zero()
         # Looking a series up by its labels costs more than counting in it.
         self.stage = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
+        self._shown: dict[str, list[tuple[Gauge, tuple[str, ...]]]] = {}
         self._of_model: dict[tuple[str, str, str], _ModelSeries] = {}
 
     def _start_at_zero(self) -> None:
@@ -131,15 +136,20 @@ class Metrics:
         model = (manifest.name, manifest.version)
         cuts = decider.thresholds
         low, high = decider.expected_acceptance()
-        self.threshold.labels(*model, score).set(max(cut.value for cut in cuts))
-        self.calibration_samples.labels(*model, score).set(sum(cut.n for cut in cuts))
-        self.target.labels(*model, score).set(decider.policy.target_id_acceptance)
-        self.acceptance_lower.labels(*model, score).set(low)
-        self.acceptance_upper.labels(*model, score).set(high)
-        self.calibrated.labels(*model, score).set(manifest.calibration.timestamp)
-        self.model_ready.labels(*model).set(1)
         network = f"{manifest.network.kind}:{manifest.network.name}".rstrip(":")
-        self.model_info.labels(*model, score, network, manifest.model_digest, device, precision).set(1)
+        digest = manifest.model_digest
+        for gauge, labels, value in (
+            (self.threshold, (*model, score), max(cut.value for cut in cuts)),
+            (self.calibration_samples, (*model, score), sum(cut.n for cut in cuts)),
+            (self.target, (*model, score), decider.policy.target_id_acceptance),
+            (self.acceptance_lower, (*model, score), low),
+            (self.acceptance_upper, (*model, score), high),
+            (self.calibrated, (*model, score), manifest.calibration.timestamp),
+            (self.model_ready, model, 1),
+            (self.model_info, (*model, score, network, digest, device, precision), 1),
+        ):
+            gauge.labels(*labels).set(value)
+            self._shown.setdefault(manifest.name, []).append((gauge, labels))
         self._of_model[(*model, score)] = _ModelSeries(
             decisions={
                 reason: self.decisions.labels(*model, score, "accept" if reason == "none" else "defer", reason)
@@ -149,6 +159,11 @@ class Metrics:
             borderline=self.borderline.labels(*model, score),
             disagreements={name: self.shadow_disagreements.labels(*model, name) for name in decider.shadows},
         )
+
+    def retire(self, name: str) -> None:
+        """Take back the gauges of a model that is served no more; its counters stay, as counters must."""
+        for gauge, labels in self._shown.pop(name, []):
+            gauge.remove(*labels)
 
     def count_verdicts(self, manifest: Manifest, decider: Decider, verdicts: Sequence[Verdict]) -> None:
         """Count a batch of verdicts of one announced model."""

@@ -8,11 +8,22 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from detector.errors import ImageError, OodgateError, TooManyBytes, TooManyPixels, UnsupportedImageFormat
-from service.errors import ServiceError
+from detector.errors import (
+    ArtifactError,
+    ArtifactNotFound,
+    CalibrationError,
+    ImageError,
+    OodgateError,
+    ScoreError,
+    TooManyBytes,
+    TooManyPixels,
+    UnsupportedImageFormat,
+)
+from service.errors import MalformedRequest, ServiceError
 
 MEDIA_TYPE = "application/problem+json"
 _STATUS: Mapping[type[OodgateError], int] = {
@@ -20,6 +31,10 @@ _STATUS: Mapping[type[OodgateError], int] = {
     TooManyPixels: 413,
     UnsupportedImageFormat: 415,
     ImageError: 422,
+    ArtifactNotFound: 404,
+    ArtifactError: 422,
+    CalibrationError: 422,
+    ScoreError: 422,
 }
 
 
@@ -52,6 +67,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(OodgateError)
     async def on_known(request: Request, error: OodgateError) -> JSONResponse:
         return response(error, request)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        return response(MalformedRequest(told), request)
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> JSONResponse:

@@ -1,24 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loaded models, by name and version."""
+"""The loaded models: which version of each is served, and under which policy.
+
+A version is loaded, proven and warmed aside; only then does one assignment make it the one that new requests get.
+Requests that already hold the old one finish with it.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from detector.artifact import MANIFEST
 from detector.detector import Detector
 from detector.errors import ArtifactCorrupt, ArtifactNotFound, OodgateError, ScoreError
+from detector.policy import Policy
 from service.engine import ServedModel, buckets, warm_up
 from service.errors import ModelNotFound
 from service.metrics import Metrics
+from service.policies import Policies
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LoadFailure:
+    """Why the last attempt to load a version failed; the version before it still serves."""
+
+    version: str
+    code: str
+    detail: str
+
 
 class Registry:
-    """Models by name; the newest version of each is served.
+    """Models by name.
 
     Args:
         settings: where the models lie, and how to run them.
@@ -27,7 +50,12 @@ class Registry:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings, self._metrics = settings, metrics
+        self._policies = Policies(settings.state_dir)
         self._models: dict[str, ServedModel] = {}
+        self._failures: dict[str, LoadFailure] = {}
+        self._tried: dict[Path, int] = {}  # by manifest: when the file was last changed
+        self._one_change = asyncio.Lock()
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
     def load_all(self) -> None:
         """Load and warm the newest version of every model.
@@ -42,7 +70,7 @@ class Registry:
                 f"{self._settings.models} holds no model (NAME/NUMBER/manifest.json); give the folder with --models"
             )
         for directory in found:
-            self._models[directory.parent.name] = self._load(directory)
+            self._serve(self._load(directory))
         if self._settings.default_model and self._settings.default_model not in self._models:
             raise ArtifactNotFound(f"OODGATE_DEFAULT_MODEL {self._settings.default_model!r} is not in {self.names}")
 
@@ -64,11 +92,95 @@ class Registry:
                 raise ModelNotFound(f"there are several models; name one of {', '.join(self.names)} in the path")
         model = self._models.get(name)
         if model is None:
-            raise ModelNotFound(f"there is no model {name!r}; there are {', '.join(self.names)}")
+            raise ModelNotFound(f"there is no model {name!r}; there are {', '.join(self.names) or 'none'}")
         served = model.detector.manifest.version
         if version is not None and version != served:
             raise ModelNotFound(f"version {version!r} of {name!r} is not loaded; version {served} is")
         return model
+
+    def failure(self, name: str) -> LoadFailure | None:
+        """Why the last attempt to load another version of a model failed, if it did."""
+        return self._failures.get(name)
+
+    def on_disk(self) -> list[tuple[str, str]]:
+        """Name and version of everything that could be loaded, sorted."""
+        return sorted((path.parent.name, path.name) for path in all_versions(self._settings.models))
+
+    async def load(self, name: str, version: str | None = None) -> ServedModel:
+        """Load a version, the newest where none is given, prove it aside, and serve it from now on.
+
+        Raises:
+            ModelNotFound: there is no such model or version on disk.
+            OodgateError: it cannot be served; the one that served before still does.
+        """
+        found = [path for path in all_versions(self._settings.models) if path.parent.name == name]
+        chosen = [path for path in found if version is None or path.name == version]
+        if not chosen:
+            there = ", ".join(f"{path.parent.name}/{path.name}" for path in found) or "none of that name"
+            wanted = name if version is None else f"{name}/{version}"
+            raise ModelNotFound(f"there is no {wanted} in the folder of models; there is {there}")
+        return await self._replace(max(chosen, key=lambda path: int(path.name)))
+
+    async def unload(self, name: str) -> None:
+        """Serve a model no more. Raises ModelNotFound where it is not loaded."""
+        async with self._one_change:
+            model = self.get(name)
+            self._metrics.retire(model.detector.manifest.name)
+            self._models = {other: served for other, served in self._models.items() if other != name}
+            self._failures.pop(name, None)
+        log.info("model unloaded", extra={"model": name, "version": model.detector.manifest.version})
+
+    async def set_policy(self, name: str, policy: Policy, changed_by: str) -> ServedModel:
+        """Decide by another policy from now on, recomputed from the stored calibration scores; it outlives a restart.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            CalibrationError, TooFewSamples: the calibration cannot keep what the policy promises.
+            StateUnwritable: it could not be remembered, so nothing was changed.
+        """
+        async with self._one_change:
+            model = self.get(name)
+            changed = self._under(model, policy)
+            digest = model.detector.manifest.model_digest
+            await self._aside(partial(self._policies.write, name, digest, policy, changed_by))
+            self._serve(changed)
+        log.info("policy changed", extra={"model": name, "policy": policy.model_dump(), "changed_by": changed_by})
+        return changed
+
+    async def load_newer(self) -> None:
+        """Load each version on disk that is newer than the one served and has not been tried as it is."""
+        for directory in newest_versions(self._settings.models):
+            served = self._models.get(directory.parent.name)
+            if served is not None and int(directory.name) <= int(served.detector.manifest.version):
+                continue
+            changed = (directory / MANIFEST).stat().st_mtime_ns
+            if self._tried.get(directory) == changed:
+                continue
+            self._tried[directory] = changed
+            try:
+                await self._replace(directory)
+            except OodgateError as error:
+                log.error("a new version cannot be served: %s", error, extra={"code": error.code})
+
+    def close(self) -> None:
+        """End the thread that loads."""
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    async def _replace(self, directory: Path) -> ServedModel:
+        name = directory.parent.name
+        async with self._one_change:
+            try:
+                model = await self._aside(partial(self._load, directory))
+            except OodgateError as error:
+                self._failures[name] = LoadFailure(directory.name, error.code, str(error))
+                raise
+            self._failures.pop(name, None)
+            self._serve(model)
+        return model
+
+    async def _aside(self, work: Callable[[], T]) -> T:
+        """Do what takes long off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._loader, work)
 
     def _load(self, directory: Path) -> ServedModel:
         settings = self._settings
@@ -79,26 +191,46 @@ class Registry:
                 raise ArtifactCorrupt(
                     f"{directory} holds {manifest.name} version {manifest.version}; a model keeps its name and number"
                 )
-            decider = detector.with_policy(detector.manifest.policy, settings.shadow_scores)
-            backward = [name for name in decider.shadows if detector.fitted[name].backward]
-            if backward:
-                raise ScoreError(
-                    f"{', '.join(backward)} runs a backward pass and cannot be a shadow; `oodgate score` computes it"
-                )
-            model = ServedModel(detector, decider, settings.shadow_ratio)
+            own = ServedModel(detector, detector.decider, settings.shadow_ratio)
+            stored = self._policies.read(manifest.name, manifest.model_digest)
+            model = self._under(own, stored or manifest.policy)
             warm_up(model, buckets(settings.max_batch))
         except OodgateError:
             self._metrics.model_loads.labels("failure").inc()
             raise
         self._metrics.model_loads.labels("success").inc()
-        backbone = detector.backbone
-        self._metrics.announce(detector.manifest, decider, str(backbone.device), backbone.precision)
-        log.info("model loaded", extra={"model": detector.manifest.name, "version": detector.manifest.version})
+        log.info("model loaded", extra={"model": manifest.name, "version": manifest.version})
         return model
+
+    def _under(self, model: ServedModel, policy: Policy) -> ServedModel:
+        detector = model.detector
+        manifest = detector.manifest
+        shadows: Sequence[str] | None = self._settings.shadow_scores
+        if shadows is None:  # whoever decides by another score still sees what the model's own would have said
+            shadows = tuple(dict.fromkeys((*manifest.shadow_scores, manifest.policy.score_name)))
+        decider = detector.with_policy(policy, shadows)
+        backward = [name for name in (policy.score_name, *decider.shadows) if detector.fitted[name].backward]
+        if backward:
+            raise ScoreError(
+                f"{', '.join(backward)} runs a backward pass and can neither decide nor be a shadow; "
+                "`oodgate score` computes it"
+            )
+        return replace(model, decider=decider)
+
+    def _serve(self, model: ServedModel) -> None:
+        manifest, backbone = model.detector.manifest, model.detector.backbone
+        self._metrics.retire(manifest.name)
+        self._metrics.announce(manifest, model.decider, str(backbone.device), backbone.precision)
+        self._models = self._models | {manifest.name: model}
+
+
+def all_versions(models: Path) -> list[Path]:
+    """Every NAME/NUMBER that holds a manifest; directories of other names are left alone."""
+    return [path.parent for path in models.glob(f"*/*/{MANIFEST}") if path.parent.name.isdigit()]
 
 
 def newest_versions(models: Path) -> list[Path]:
-    """The version with the largest number of each model; directories of other names are left alone."""
-    versions = [path.parent for path in models.glob(f"*/*/{MANIFEST}") if path.parent.name.isdigit()]
-    newest = {path.parent.name: path for path in sorted(versions, key=lambda path: int(path.name))}
+    """The version with the largest number of each model."""
+    versions = sorted(all_versions(models), key=lambda path: int(path.name))
+    newest = {path.parent.name: path for path in versions}
     return [newest[name] for name in sorted(newest)]

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from detector.artifact import Manifest
-from detector.policy import Decision, Reason
+from detector.policy import Decision, Policy, Reason
 from service.engine import Answer, ServedModel
+from service.registry import LoadFailure
 
 
 class ModelRef(BaseModel):
@@ -102,6 +102,12 @@ class ForwardBody(BaseModel):
     settled: bool
 
 
+class FailedUpdate(BaseModel):
+    version: str
+    code: str
+    detail: str
+
+
 class ModelCard(BaseModel):
     name: str
     version: str
@@ -115,6 +121,9 @@ class ModelCard(BaseModel):
     calibration: CalibrationBody
     forward: ForwardBody
     report: dict[str, Any]
+    failed_update: FailedUpdate | None = Field(
+        description="Why the last attempt to load another version failed; null where none did."
+    )
 
 
 class ModelList(BaseModel):
@@ -141,8 +150,8 @@ def verdict_body(
     }
 
 
-def model_card(model: ServedModel) -> ModelCard:
-    """What a model is, what calibrated it and what that promises."""
+def model_card(model: ServedModel, failure: LoadFailure | None = None) -> ModelCard:
+    """What a model is, what calibrated it and what that promises; and why an update of it failed."""
     manifest, decider = model.detector.manifest, model.decider
     backbone = model.detector.backbone
     return ModelCard(
@@ -163,16 +172,16 @@ def model_card(model: ServedModel) -> ModelCard:
             target_id_acceptance=decider.policy.target_id_acceptance,
             guarantee=decider.policy.guarantee.model_dump(),
             expected_acceptance_interval=decider.expected_acceptance(),
-            promise=promise(manifest, decider.calibration.grouping.names),
+            promise=promise(decider.policy, decider.calibration.grouping.names),
         ),
         forward=ForwardBody(device=str(backbone.device), precision=backbone.precision, mode="eager", settled=True),
         report=manifest.report,
+        failed_update=None if failure is None else FailedUpdate(**asdict(failure)),
     )
 
 
-def promise(manifest: Manifest, groups: Sequence[str]) -> str:
+def promise(policy: Policy, groups: Sequence[str]) -> str:
     """The guarantee in one sentence."""
-    policy = manifest.policy
     share = (
         f"at least {policy.target_id_acceptance:.4g} of the images distributed as the calibration images are accepted"
     )

@@ -40,6 +40,15 @@ class Settings(BaseSettings):
         default=False, description="Serve beyond this machine without tokens, where the network itself is guarded."
     )
     state_dir: Path = Field(default=Path("state"), description="Folder for what must outlive a restart.")
+    audit: bool = Field(default=True, description="Write one line a decision to STATE_DIR/audit/.")
+    audit_max_bytes: int = Field(default=64 * 2**20, ge=2**10, description="Size of an audit file before it is set aside.")
+    audit_keep: int = Field(default=15, ge=1, description="Audit files kept beside the one being written.")
+    expose: Literal["all", "decision"] = Field(
+        default="all", description="decision: scores and p-values are for the admin alone."
+    )
+    poll_seconds: float = Field(
+        default=0.0, ge=0, description="Seconds between looks for newer versions of the models; 0 never looks."
+    )
     device: str = Field(default="auto", description="cpu, cuda, cuda:N or auto.")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="A calibrated precision, or auto.")
     shadow_scores: tuple[str, ...] | None = Field(

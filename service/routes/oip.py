@@ -17,12 +17,11 @@ from detector.policy import Verdict
 from service import problems, tensors
 from service.context import Context, Ctx
 from service.engine import ServedModel
-from service.errors import AdminDisabled, UnsupportedMediaType
+from service.errors import UnsupportedMediaType
 from service.judging import Judged, count_rejection, counting_rejections, in_decoder, judge_all, read_in_time
 from service.oip_schemas import (
     INFER,
     LENGTH_HEADER,
-    IndexEntry,
     ModelMetadata,
     ModelNames,
     ModelReady,
@@ -106,36 +105,6 @@ async def infer(name: str, request: Request, context: Ctx) -> Response:
 async def version_infer(name: str, version: str, request: Request, context: Ctx) -> Response:
     """As for the model; 404 where that version is not loaded."""
     return await _infer(request, context, name, version)
-
-
-@router.post("/repository/index", operation_id="oip_repository_index", summary="The loaded models and their states")
-async def repository_index(context: Ctx) -> list[IndexEntry]:
-    """Triton's index. A body is not needed: every model that is listed is ready."""
-    served = [context.registry.get(name).detector.manifest for name in context.registry.names]
-    return [IndexEntry(name=model.name, version=model.version, state="READY", reason="") for model in served]
-
-
-@router.post(
-    "/repository/models/{name}/load", operation_id="oip_load", summary="Load a model: for the admin",
-    status_code=403, response_model=Problem,
-)  # fmt: skip
-async def load(name: str) -> None:
-    """403 `admin_disabled`: no admin token is configured."""
-    raise AdminDisabled
-
-
-@router.post(
-    "/repository/models/{name}/unload", operation_id="oip_unload", summary="Unload a model: for the admin",
-    status_code=403, response_model=Problem,
-)  # fmt: skip
-async def unload(name: str) -> None:
-    """403 `admin_disabled`: no admin token is configured."""
-    raise AdminDisabled
-
-
-_DISABLED = (
-    "loading and unloading take the admin token, and none is configured. Put the model in its folder and restart."
-)
 
 
 def _metadata(model: ServedModel) -> ModelMetadata:

@@ -472,7 +472,7 @@ def test_a_score_that_is_no_number_defers_and_is_null(toy_models: Path, monkeypa
 
     with serving(Settings(models=toy_models)) as running:
         detector = running.context.registry.get().detector
-        judge = detector.judge
+        judge = detector.finish_judging
 
         def without_a_score(*args: Any) -> Any:
             verdicts = judge(*args)
@@ -480,7 +480,7 @@ def test_a_score_that_is_no_number_defers_and_is_null(toy_models: Path, monkeypa
                 replace(v, ood=replace(v.ood, score=float("nan")), reason="ood", decision="defer") for v in verdicts
             ]
 
-        monkeypatch.setattr(detector, "judge", without_a_score)
+        monkeypatch.setattr(detector, "finish_judging", without_a_score)
         got = columns(infer(running.client, in_base64(GOOD)))
         assert (got["ood_score"], got["decision"], got["is_ood"]) == ([None], ["defer"], [True])
         binary = columns(infer(running.client, in_base64(GOOD), parameters={"binary_data_output": True}))

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policies that were set while serving; they outlive a restart."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from detector.policy import Policy
+from service.errors import StateUnwritable
+
+log = logging.getLogger(__name__)
+
+
+class StoredPolicy(BaseModel):
+    """A policy, the model it was set for, and who set it when (seconds since 1970)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy: Policy
+    model_digest: str
+    changed: float
+    changed_by: str
+
+
+class Policies:
+    """One file a model under the state folder, replaced as a whole.
+
+    Args:
+        state_dir: the state folder.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self._directory = state_dir / "policy"
+
+    def read(self, name: str, model_digest: str) -> Policy | None:
+        """The policy set for exactly this model; a new version starts from its own."""
+        path = self._directory / f"{name}.json"
+        try:
+            stored = StoredPolicy.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            log.error("the stored policy cannot be read; the model's own is used", exc_info=error)
+            return None
+        if stored.model_digest != model_digest:
+            log.warning("the stored policy was set for another version; the model's own is used", extra={"model": name})
+            return None
+        return stored.policy
+
+    def write(self, name: str, model_digest: str, policy: Policy, changed_by: str) -> None:
+        """Remember a policy; it is on disk when this returns.
+
+        Raises:
+            StateUnwritable: the state folder cannot be written.
+        """
+        stored = StoredPolicy(policy=policy, model_digest=model_digest, changed=time.time(), changed_by=changed_by)
+        path = self._directory / f"{name}.json"
+        partial = path.with_suffix(".partial")
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with partial.open("w") as file:
+                file.write(stored.model_dump_json(indent=1))
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            raise StateUnwritable(path, error) from error

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What changes a running server: policies, and the versions that are served. For the admin; reading is for all."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, Request
+from pydantic import BaseModel, ConfigDict
+
+from detector.policy import Policy
+from service.context import Context, Ctx
+from service.oip_schemas import IndexEntry
+from service.schemas import ModelCard, Problem, model_card
+
+router = APIRouter(tags=["admin"])
+
+
+class LoadParameters(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    version: str | None = None
+
+
+class LoadRequest(BaseModel):
+    """Triton's body; of its parameters only `version` is read."""
+
+    parameters: LoadParameters = LoadParameters()
+
+
+def _admin(request: Request, context: Ctx) -> str:
+    caller = request.scope["caller"]
+    context.tokens.require_admin(caller)
+    return str(caller.name)
+
+
+Admin = Annotated[str, Depends(_admin)]
+_REFUSED: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem} for status in (400, 401, 403, 404, 422, 500)
+}
+
+
+@router.get("/v1/models/{name}/policy", operation_id="get_policy", summary="The policy in force",
+            responses={404: {"model": Problem}})  # fmt: skip
+async def get_policy(name: str, context: Ctx) -> Policy:
+    """Target, guarantee, deciding score, and the share of the budget spent on low confidence."""
+    return context.registry.get(name).decider.policy
+
+
+@router.put("/v1/models/{name}/policy", operation_id="put_policy", summary="Decide by another policy: for the admin",
+            responses=_REFUSED)  # fmt: skip
+async def put_policy(name: str, policy: Policy, request: Request, context: Ctx, admin: Admin) -> ModelCard:
+    """Recomputed from the stored calibration scores, without a refit; it outlives a restart. 422 where the
+    calibration cannot keep what the policy promises."""
+    model = await context.registry.set_policy(name, policy, admin)
+    _audit(context, request, "policy", model=name, policy=policy.model_dump())
+    return model_card(model, context.registry.failure(name))
+
+
+@router.post("/v2/repository/index", operation_id="oip_repository_index", summary="Models on disk and their states")
+async def repository_index(context: Ctx) -> list[IndexEntry]:
+    """Triton's index: READY is served; UNAVAILABLE is on disk, with the reason where loading it failed."""
+    registry = context.registry
+    served = {(name, registry.get(name).detector.manifest.version) for name in registry.names}
+    entries = []
+    for name, version in sorted({*registry.on_disk(), *served}):
+        failure = registry.failure(name)
+        reason = failure.detail if failure is not None and failure.version == version else ""
+        state = "READY" if (name, version) in served else "UNAVAILABLE"
+        entries.append(IndexEntry(name=name, version=version, state=state, reason=reason))
+    return entries
+
+
+@router.post("/v2/repository/models/{name}/load", operation_id="oip_load",
+             summary="Serve a version of a model: for the admin", responses=_REFUSED)  # fmt: skip
+async def load(
+    name: str, request: Request, context: Ctx, admin: Admin, body: Annotated[LoadRequest | None, Body()] = None
+) -> ModelCard:
+    """The newest version on disk, or the one that `parameters.version` names. It is loaded and proven aside, then
+    takes over in one step; where it fails, the version before it still serves and the card says why."""
+    model = await context.registry.load(name, body.parameters.version if body else None)
+    _audit(context, request, "load", model=name, version=model.detector.manifest.version)
+    return model_card(model)
+
+
+@router.post("/v2/repository/models/{name}/unload", operation_id="oip_unload",
+             summary="Serve a model no more: for the admin", responses=_REFUSED)  # fmt: skip
+async def unload(name: str, request: Request, context: Ctx, admin: Admin) -> dict[str, str]:
+    """Images already admitted are still answered."""
+    await context.registry.unload(name)
+    _audit(context, request, "unload", model=name)
+    return {"name": name, "state": "UNAVAILABLE"}
+
+
+def _audit(context: Context, request: Request, event: str, **what: Any) -> None:
+    who = {"request_id": request.scope["request_id"], "caller": request.scope["caller"].name}
+    context.audit.write({"event": event} | who | what)
