@@ -258,6 +258,7 @@ OTHER_FILES = {
     "a progressive JPEG": encoded(photo(32, 32), "JPEG", progressive=True),
     "a JPEG of two scans": encoded(photo(32, 32), "JPEG")[:-2] + b"\xff\xda\xff\xd9",
     "a JPEG with two headers": with_segments((0xFFC0, struct.pack(">BHHB", 8, 5000, 5000, 1) + b"\x01\x11\x00")),
+    "a JPEG that announces no size": b"\xff\xd8\xff\xda\x00\x08" + bytes(8),
     "a JPEG with a long comment": with_segments((0xFFFE, bytes(1025))),
     "a JPEG of many segments": with_segments(*[(0xFFFE, b"")] * 16),
     "a JPEG cut in its header": encoded(photo(32, 32), "JPEG")[:300],
