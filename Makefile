@@ -23,6 +23,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.cifar10.report
 	$(BIN)/python -m benchmarks.cifar10.over_http
 	$(BIN)/python -m benchmarks.score_cost
+	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.start_up
 	$(BIN)/python -m benchmarks.readme
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import decode
 from benchmarks.readme import results
 from detector.errors import OodgateError
 from detector.scores import registry
@@ -74,6 +75,11 @@ def test_every_link_leads_somewhere(path: Path) -> None:
 
 def test_the_readmes_results_are_those_of_the_model() -> None:
     assert results() in README
+
+
+def test_the_performance_page_shows_what_was_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "decode.json").read_text())
+    assert decode.table(measured) in (ROOT / "docs" / "performance.md").read_text()
 
 
 def test_the_results_page_speaks_of_the_model_that_is_here() -> None:

@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from PIL import Image
+from PIL import Image, ImageOps, JpegImagePlugin
 
 from detector.errors import ImageError, TooManyBytes, TooManyPixels, UndecodableImage, UnsupportedImageFormat
-from detector.images import Limits, Preprocessing, decode, image_ids, resize
+from detector.images import SMALL_BYTES, Limits, Pixels, Preprocessing, decode, image_ids, is_small, resize
 from tests.helpers import HUGE_PNG, encoded, photo
 
 SMALL = Preprocessing(resize=32, crop=(32, 32))
@@ -85,6 +88,75 @@ def test_a_large_jpeg_is_close_to_its_full_decode() -> None:
     assert np.abs(decode(data, LARGE).astype(int) - full).mean() < 2
 
 
+def plainly(data: bytes, preprocessing: Preprocessing) -> Pixels | None:
+    """A JPEG as Pillow reads it when left alone, fed 64 KiB at a time; None where it refuses."""
+    try:
+        image: Image.Image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+        image.draft("RGB", (2 * preprocessing.resize, 2 * preprocessing.resize))
+        return resize(ImageOps.exif_transpose(image.convert("RGB")), preprocessing)
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def noisy_jpeg(width: int, height: int, seed: int = 0, mode: str = "RGB", **options: object) -> bytes:
+    noise = np.random.default_rng(seed).normal(0, 20, (height, width, 1))
+    pixels = np.clip(photo(width, height, seed) + noise, 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [(801, 603), (1027, 1301)])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize(("mode", "subsampling"), [("RGB", 0), ("RGB", 1), ("RGB", 2), ("L", 0), ("CMYK", 0)])
+def test_a_jpeg_fed_whole_has_the_pixels_of_one_fed_in_blocks(
+    mode: str, subsampling: int, progressive: bool, size: tuple[int, int]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = noisy_jpeg(*size, mode=mode, subsampling=subsampling, progressive=progressive, exif=exif)
+    assert len(data) > 2**16
+    expected = plainly(data, LARGE)
+    assert expected is not None
+    assert np.array_equal(decode(data, LARGE), expected)
+
+
+def test_a_large_jpeg_reaches_its_decoder_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+
+    class Watched(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            block = super().read(size)
+            reads.append(len(block))
+            return block
+
+    data = noisy_jpeg(1200, 900)
+    monkeypatch.setattr("detector.images.io", SimpleNamespace(BytesIO=Watched))
+    decode(data, LARGE)
+    assert [size for size in reads if size > 2**15] == [len(data)]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_damaged_jpeg_ends_as_it_does_in_pillow_left_alone(progressive: bool) -> None:
+    generator = np.random.default_rng(5)
+    whole = noisy_jpeg(600, 450, quality=90, progressive=progressive)
+    outcomes = set()
+    for _ in range(60):
+        data = bytearray(whole[: generator.integers(2**16, len(whole) + 2**15)])
+        for place in generator.integers(0, len(data), generator.integers(0, 3)):
+            data[place] = generator.integers(256)
+        expected = plainly(bytes(data), LARGE)
+        outcomes.add(expected is None)
+        try:
+            found = decode(bytes(data), LARGE)
+        except UndecodableImage:
+            assert expected is None
+        else:
+            assert expected is not None
+            assert np.array_equal(found, expected)
+    assert outcomes == {True, False}
+
+
 def test_too_many_bytes_are_refused_with_both_numbers() -> None:
     with pytest.raises(TooManyBytes, match=r"1,001 bytes; the limit is 1,000"):
         decode(b"\xff" * 1001, SMALL, Limits(max_bytes=1000))
@@ -144,3 +216,83 @@ def test_equal_pixels_have_equal_ids_and_different_ones_do_not() -> None:
     ids = image_ids(images)
     assert ids.dtype == np.int64
     assert ids[0] == ids[2] != ids[1]
+
+
+def chunk(name: bytes, body: bytes = b"") -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def with_chunks(*chunks: bytes, side: int = 32) -> bytes:
+    """A PNG with more chunks behind its header."""
+    data = encoded(photo(side, side))
+    return data[:33] + b"".join(chunks) + data[33:]
+
+
+def with_segments(*segments: tuple[int, bytes]) -> bytes:
+    """A JPEG with more segments behind its start."""
+    data = encoded(photo(32, 32), "JPEG")
+    return data[:2] + b"".join(struct.pack(">HH", mark, len(body) + 2) + body for mark, body in segments) + data[2:]
+
+
+SMALL_FILES = {
+    "a PNG": encoded(photo(32, 32)),
+    "a PNG of 128 pixels a side": encoded(photo(128, 128) // 128 * 128),
+    "a PNG with a comment": with_chunks(chunk(b"tEXt", b"Software\0any"), chunk(b"pHYs", bytes(9))),
+    "a JPEG": encoded(photo(128, 128), "JPEG"),
+    "a grey JPEG": noisy_jpeg(64, 64, mode="L"),
+    "a JPEG with a comment": with_segments((0xFFFE, b"any")),
+}
+OTHER_FILES = {
+    "nothing": b"",
+    "a WebP": encoded(photo(32, 32), "WEBP"),
+    "a PNG with a side of 129": encoded(photo(129, 1)),
+    "a JPEG with a side of 129": encoded(photo(1, 129), "JPEG"),
+    "a PNG of too many bytes": encoded(photo(32, 32)) + bytes(SMALL_BYTES),
+    "a PNG with two headers": with_chunks(chunk(b"IHDR", struct.pack(">IIBBBBB", 5000, 5000, 8, 2, 0, 0, 0))),
+    "a PNG with compressed text": with_chunks(chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**6)))),
+    "a PNG with a compressed profile": with_chunks(chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(10**6)))),
+    "a PNG with long text": with_chunks(chunk(b"tEXt", bytes(1025))),
+    "a PNG of many chunks": with_chunks(*[chunk(b"tEXt", b"k\0")] * 16),
+    "a PNG cut in its header": encoded(photo(32, 32))[:30],
+    "a PNG without an end": encoded(photo(32, 32))[:-12],
+    "a progressive JPEG": encoded(photo(32, 32), "JPEG", progressive=True),
+    "a JPEG of two scans": encoded(photo(32, 32), "JPEG")[:-2] + b"\xff\xda\xff\xd9",
+    "a JPEG with two headers": with_segments((0xFFC0, struct.pack(">BHHB", 8, 5000, 5000, 1) + b"\x01\x11\x00")),
+    "a JPEG that announces no size": b"\xff\xd8\xff\xda\x00\x08" + bytes(8),
+    "a JPEG with a long comment": with_segments((0xFFFE, bytes(1025))),
+    "a JPEG of many segments": with_segments(*[(0xFFFE, b"")] * 16),
+    "a JPEG cut in its header": encoded(photo(32, 32), "JPEG")[:300],
+}
+
+
+@pytest.mark.parametrize("data", SMALL_FILES.values(), ids=SMALL_FILES)
+def test_a_plain_small_file_is_small(data: bytes) -> None:
+    assert is_small(data, SMALL)
+    assert decode(data, SMALL).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("data", OTHER_FILES.values(), ids=OTHER_FILES)
+def test_a_file_that_could_take_long_is_not_small(data: bytes) -> None:
+    assert not is_small(data, SMALL)
+
+
+def test_nothing_is_small_to_a_network_with_a_large_input() -> None:
+    assert not is_small(encoded(photo(32, 32)), LARGE)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(sorted(SMALL_FILES)), st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)))
+)
+def test_a_damaged_file_called_small_announces_few_pixels(name: str, damage: list[tuple[float, int]]) -> None:
+    data = bytearray(SMALL_FILES[name])
+    for place, value in damage:
+        data[int(place * len(data))] = value
+    if not is_small(bytes(data), SMALL):
+        return
+    try:
+        decode(bytes(data), SMALL, Limits(max_pixels=128 * 128))
+    except TooManyPixels:
+        pytest.fail("it announces more pixels than is_small read")
+    except ImageError:
+        pass
