@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
+from fastapi import Request
 from PIL import Image
 
 from detector.errors import ImageError, OodgateError, TooManyBytes, TooManyPixels
-from detector.images import Limits, Pixels, Preprocessing, decode, resize
+from detector.images import Limits, Pixels, Preprocessing, decode, is_small, resize
 from service.context import Context
 from service.engine import Answer, ServedModel
 from service.errors import (
@@ -28,6 +31,7 @@ from service.errors import (
     TooManyValues,
     UnsupportedMediaType,
 )
+from service.security import Caller
 
 T = TypeVar("T")
 Picture = bytes | Pixels  # an encoded file, or uint8 [H, W, 3] of any size
@@ -49,13 +53,31 @@ _REJECTION: dict[type[OodgateError], str] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks for verdicts, in which request."""
+
+    request_id: str
+    caller: Caller
+
+    @classmethod
+    def of(cls, request: Request) -> Asker:
+        return cls(request.scope["request_id"], request.scope["caller"])
+
+
+@dataclass(frozen=True, slots=True)
 class Judged:
-    """An answer, and the seconds its image took to decode and in all."""
+    """An answer, the SHA-256 of what was sent, and the seconds the image took to decode and in all."""
 
     answer: Answer
+    sha256: str
     decode_s: float
     total_s: float
+
+
+def shows_evidence(context: Context, asker: Asker) -> bool:
+    """Whether scores, thresholds and p-values are for this caller's eyes."""
+    return context.settings.expose == "all" or asker.caller.admin
 
 
 def count_rejection(context: Context, error: OodgateError) -> None:
@@ -82,15 +104,14 @@ async def read_in_time(context: Context, read: Callable[[], Awaitable[T]]) -> T:
         QueueFull, NotReady, EngineLost: said before a body is sent in vain.
         SlowRequest: the body did not arrive in time.
     """
-    with context.engine.admit(1):
-        pass
+    context.engine.check_room(1)
     started, seconds = time.monotonic(), context.settings.request_timeout_s
     try:
         async with asyncio.timeout(seconds):
             result = await read()
     except TimeoutError:
         raise SlowRequest(seconds) from None
-    context.metrics.stage_seconds.labels("read").observe(time.monotonic() - started)
+    context.metrics.stage["read"].observe(time.monotonic() - started)
     return result
 
 
@@ -106,12 +127,13 @@ async def in_decoder(context: Context, deadline: float, work: Callable[[], T]) -
 
 
 async def judge_all(
-    context: Context, model: ServedModel, pictures: Sequence[Picture], started: float, deadline: float
+    context: Context, asker: Asker, model: ServedModel, pictures: Sequence[Picture], started: float, deadline: float
 ) -> list[Judged | OodgateError]:
     """One result an image; an image that fails does so alone.
 
     Args:
         context: the server's parts.
+        asker: whom the audit log names.
         model: what to judge with.
         pictures: the images, within the limit of one request.
         started: when the request began, on the clock of time.monotonic().
@@ -121,28 +143,59 @@ async def judge_all(
         QueueFull, NotReady, EngineLost: nothing was admitted.
     """
     with context.engine.admit(len(pictures)):
-        results = await asyncio.gather(
-            *(_judge(context, model, picture, started, deadline) for picture in pictures), return_exceptions=True
-        )
-    judged: list[Judged | OodgateError] = []
-    for result in results:
-        if isinstance(result, BaseException) and not isinstance(result, OodgateError):
-            raise result
-        judged.append(result)
+        if len(pictures) == 1:  # a task of its own would cost more than its decoding
+            results = [await _result(context, asker, model, pictures[0], started, deadline)]
+        else:
+            results = await asyncio.gather(
+                *(_result(context, asker, model, picture, started, deadline) for picture in pictures)
+            )
+    return results
+
+
+async def _result(
+    context: Context, asker: Asker, model: ServedModel, picture: Picture, started: float, deadline: float
+) -> Judged | OodgateError:
+    try:
+        judged = await _judge(context, model, picture, started, deadline)
+    except OodgateError as error:
+        return error
+    context.audit.write(_audited(asker, model, judged))
     return judged
 
 
 async def _judge(context: Context, model: ServedModel, picture: Picture, started: float, deadline: float) -> Judged:
     preprocessing, limits = model.detector.manifest.preprocessing, context.settings.limits
 
-    def timed() -> tuple[Pixels, float]:
+    def prepared() -> tuple[Pixels, str, float]:
         began = time.monotonic()
-        return _network_input(picture, preprocessing, limits), time.monotonic() - began
+        image = _network_input(picture, preprocessing, limits)
+        sent = picture if isinstance(picture, bytes) else np.ascontiguousarray(picture).data
+        return image, hashlib.sha256(sent).hexdigest(), time.monotonic() - began
 
-    image, decode_s = await in_decoder(context, deadline, timed)
-    context.metrics.stage_seconds.labels("decode").observe(decode_s)
+    if isinstance(picture, bytes) and is_small(picture, preprocessing):
+        image, sha256, decode_s = prepared()
+    else:
+        image, sha256, decode_s = await in_decoder(context, deadline, prepared)
+    context.metrics.stage["decode"].observe(decode_s)
     answer = await context.engine.judge(model, image, deadline)
-    return Judged(answer, decode_s, time.monotonic() - started)
+    return Judged(answer, sha256, decode_s, time.monotonic() - started)
+
+
+def _audited(asker: Asker, model: ServedModel, judged: Judged) -> dict[str, Any]:
+    manifest, verdict = model.detector.manifest, judged.answer.verdict
+    return {
+        "event": "decision",
+        "request_id": asker.request_id,
+        "caller": asker.caller.name,
+        "model": manifest.name,
+        "version": manifest.version,
+        "digest": manifest.model_digest,
+        "sha256": judged.sha256,
+        "decision": verdict.decision,
+        "reason": verdict.reason,
+        "prediction": verdict.prediction,
+        "ood": verdict.ood,
+    }
 
 
 def _network_input(picture: Picture, preprocessing: Preprocessing, limits: Limits) -> Pixels:

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from detector.policy import Decision, Policy, Reason
-from service.engine import Answer, ServedModel
+from service.engine import ServedModel
+from service.judging import Judged
 from service.registry import LoadFailure
 
 
@@ -59,7 +60,7 @@ class VerdictBody(BaseModel):
     decision: Decision
     reason: Reason
     prediction: PredictionBody
-    ood: OodBody
+    ood: OodBody | None = Field(default=None, description="Absent where the server exposes decisions alone.")
     timing_ms: TimingBody
 
 
@@ -130,24 +131,27 @@ class ModelList(BaseModel):
     models: list[ModelCard]
 
 
-def verdict_body(
-    model: ServedModel, answer: Answer, request_id: str, decode_s: float, total_s: float
-) -> dict[str, Any]:
-    """One verdict as JSON; VerdictBody says what it holds."""
-    manifest, timing = model.detector.manifest, answer.timing
-    seconds = {
-        "decode": decode_s,
-        "queue": timing.queue,
-        "forward": timing.forward,
-        "score": timing.score,
-        "total": total_s,
-    }
-    return {
+def verdict_body(judged: Judged, model: ServedModel, request_id: str, *, evidence: bool = True) -> dict[str, Any]:
+    """One verdict as JSON; VerdictBody says what it holds. Without `evidence`, it holds no scores."""
+    manifest, verdict, timing = model.detector.manifest, judged.answer.verdict, judged.answer.timing
+    body = {
         "request_id": request_id,
         "model": {"name": manifest.name, "version": manifest.version, "digest": manifest.model_digest},
-        **asdict(answer.verdict),
-        "timing_ms": {stage: round(1000 * value, 3) for stage, value in seconds.items()},
+        "decision": verdict.decision,
+        "reason": verdict.reason,
+        "prediction": verdict.prediction,
+        "ood": verdict.ood,
+        "timing_ms": {
+            "decode": round(1000 * judged.decode_s, 3),
+            "queue": round(1000 * timing.queue, 3),
+            "forward": round(1000 * timing.forward, 3),
+            "score": round(1000 * timing.score, 3),
+            "total": round(1000 * judged.total_s, 3),
+        },
     }
+    if not evidence:
+        del body["ood"]
+    return body
 
 
 def model_card(model: ServedModel, failure: LoadFailure | None = None) -> ModelCard:

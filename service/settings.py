@@ -41,7 +41,9 @@ class Settings(BaseSettings):
     )
     state_dir: Path = Field(default=Path("state"), description="Folder for what must outlive a restart.")
     audit: bool = Field(default=True, description="Write one line a decision to STATE_DIR/audit/.")
-    audit_max_bytes: int = Field(default=64 * 2**20, ge=2**10, description="Size of an audit file before it is set aside.")
+    audit_max_bytes: int = Field(
+        default=64 * 2**20, ge=2**10, description="Size of an audit file before it is set aside."
+    )
     audit_keep: int = Field(default=15, ge=1, description="Audit files kept beside the one being written.")
     expose: Literal["all", "decision"] = Field(
         default="all", description="decision: scores and p-values are for the admin alone."

@@ -50,6 +50,7 @@ OUTPUTS: Mapping[str, Output] = {
     "decision": Output("BYTES", lambda verdict: verdict.decision),
     "reason": Output("BYTES", lambda verdict: verdict.reason),
 }
+EVIDENCE = ("ood_score", "p_value")  # left out where OODGATE_EXPOSE keeps them from the caller
 _DTYPES = {"INT64": "<i8", "FP32": "<f4", "FP64": "<f8", "BOOL": "?"}
 
 

@@ -35,9 +35,7 @@ def _admin(request: Request, context: Ctx) -> str:
 
 
 Admin = Annotated[str, Depends(_admin)]
-_REFUSED: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem} for status in (400, 401, 403, 404, 422, 500)
-}
+_REFUSED: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 401, 403, 404, 422, 500)}
 
 
 @router.get("/v1/models/{name}/policy", operation_id="get_policy", summary="The policy in force",

@@ -18,7 +18,16 @@ from service import problems, tensors
 from service.context import Context, Ctx
 from service.engine import ServedModel
 from service.errors import UnsupportedMediaType
-from service.judging import Judged, count_rejection, counting_rejections, in_decoder, judge_all, read_in_time
+from service.judging import (
+    Asker,
+    Judged,
+    count_rejection,
+    counting_rejections,
+    in_decoder,
+    judge_all,
+    read_in_time,
+    shows_evidence,
+)
 from service.oip_schemas import (
     INFER,
     LENGTH_HEADER,
@@ -133,10 +142,10 @@ async def _infer(request: Request, context: Context, name: str, version: str | N
         deadline = time.monotonic() + context.settings.request_timeout_s
         length, most = request.headers.get(LENGTH_HEADER), context.settings.max_images
         asked = await in_decoder(context, deadline, lambda: tensors.parse(body, length, most))
-        results = await judge_all(context, model, asked.images, started, deadline)
+        results = await judge_all(context, Asker.of(request), model, asked.images, started, deadline)
     responding = time.monotonic()
-    answer = _failure(request, context, results) or _response(request, model, asked, _verdicts(results))
-    context.metrics.stage_seconds.labels("respond").observe(time.monotonic() - responding)
+    answer = _failure(request, context, results) or _response(request, context, model, asked, _verdicts(results))
+    context.metrics.stage["respond"].observe(time.monotonic() - responding)
     return answer
 
 
@@ -160,14 +169,17 @@ def _verdicts(results: Sequence[Judged | OodgateError]) -> list[Verdict]:
     return [result.answer.verdict for result in results if isinstance(result, Judged)]
 
 
-def _response(request: Request, model: ServedModel, asked: tensors.Asked, verdicts: Sequence[Verdict]) -> Response:
+def _response(
+    request: Request, context: Context, model: ServedModel, asked: tensors.Asked, verdicts: Sequence[Verdict]
+) -> Response:
+    shown = shows_evidence(context, Asker.of(request))
     manifest, evidence = model.detector.manifest, verdicts[0].ood
     parameters: dict[str, str | float | bool] = {
         "score_name": evidence.score_name,
         "target_id_acceptance": evidence.target_id_acceptance,
         "digest": manifest.model_digest,
     }
-    if len(model.decider.thresholds) == 1:  # with groups, each image has the threshold of its own
+    if shown and len(model.decider.thresholds) == 1:  # with groups, each image has the threshold of its own
         parameters["threshold"] = evidence.threshold
     head = {
         "model_name": manifest.name,
@@ -175,7 +187,8 @@ def _response(request: Request, model: ServedModel, asked: tensors.Asked, verdic
         "id": request.scope["request_id"] if asked.id is None else asked.id,
         "parameters": parameters,
     }
-    body, json_length = tensors.render(head, verdicts, asked.outputs)
+    outputs = {name: binary for name, binary in asked.outputs.items() if shown or name not in tensors.EVIDENCE}
+    body, json_length = tensors.render(head, verdicts, outputs)
     accepted = all(verdict.decision == "accept" for verdict in verdicts)
     headers = {"X-OODGate-Decision": "accept" if accepted else "defer"}
     if json_length == len(body):

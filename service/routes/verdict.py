@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
+import orjson
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -18,10 +20,37 @@ from service import problems
 from service.context import Context, Ctx
 from service.engine import ServedModel
 from service.errors import EmptyRequest, MalformedForm, ServiceError, TooManyImages, UnsupportedMediaType
-from service.judging import Judged, count_rejection, counting_rejections, judge_all, read_in_time
+from service.judging import (
+    Asker,
+    Judged,
+    count_rejection,
+    counting_rejections,
+    judge_all,
+    read_in_time,
+    shows_evidence,
+)
 from service.schemas import Problem, VerdictBody, VerdictList, verdict_body
 
-router = APIRouter(tags=["verdict"])
+
+class DirectRoute(APIRoute):
+    """A route whose endpoint is called with the request and its path, and nothing is solved for it.
+
+    Resolving dependencies takes longer than all else that a small image costs the event loop.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        endpoint = self.endpoint
+
+        async def handle(request: Request) -> Response:
+            response: Response = await endpoint(
+                request=request, context=request.app.state.context, **request.path_params
+            )
+            return response
+
+        return handle
+
+
+router = APIRouter(tags=["verdict"], route_class=DirectRoute, default_response_class=Response)
 
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
 FORM_TYPE = "multipart/form-data"
@@ -36,13 +65,13 @@ _DOCUMENTED: dict[str, Any] = {
     },
     "responses": {
         200: {"model": VerdictBody | VerdictList, "description": "One verdict, or `verdicts` for several files."},
-        **{status: {"model": Problem} for status in (400, 404, 408, 413, 415, 422, 429, 500, 503, 504)},
+        **{status: {"model": Problem} for status in (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)},
     },
 }
 
 
 @router.post("/v1/verdict", operation_id="verdict", summary="Judge images by the default model", **_DOCUMENTED)
-async def verdict(request: Request, context: Ctx) -> JSONResponse:
+async def verdict(request: Request, context: Ctx) -> Response:
     """One image as the raw body, or one or more `file` parts of a form. A deferred image is a 200 too."""
     return await _respond(request, context, None, None)
 
@@ -50,7 +79,7 @@ async def verdict(request: Request, context: Ctx) -> JSONResponse:
 @router.post(
     "/v1/models/{name}/verdict", operation_id="model_verdict", summary="Judge images by a named model", **_DOCUMENTED
 )
-async def model_verdict(name: str, request: Request, context: Ctx) -> JSONResponse:
+async def model_verdict(name: str, request: Request, context: Ctx) -> Response:
     """As /v1/verdict."""
     return await _respond(request, context, name, None)
 
@@ -61,21 +90,21 @@ async def model_verdict(name: str, request: Request, context: Ctx) -> JSONRespon
     summary="Judge images by one version of a model",
     **_DOCUMENTED,
 )
-async def version_verdict(name: str, version: str, request: Request, context: Ctx) -> JSONResponse:
+async def version_verdict(name: str, version: str, request: Request, context: Ctx) -> Response:
     """As /v1/verdict; 404 where that version is not loaded."""
     return await _respond(request, context, name, version)
 
 
-async def _respond(request: Request, context: Context, name: str | None, version: str | None) -> JSONResponse:
+async def _respond(request: Request, context: Context, name: str | None, version: str | None) -> Response:
     with counting_rejections(context):
         model = context.registry.get(name, version)
         started = time.monotonic()
         files, several = await read_in_time(context, partial(_read, request, context))
         deadline = time.monotonic() + context.settings.request_timeout_s
-        results = await judge_all(context, model, files, started, deadline)
+        results = await judge_all(context, Asker.of(request), model, files, started, deadline)
     responding = time.monotonic()
-    answer = _body(request, model, results) if several else _single(request, model, results[0])
-    context.metrics.stage_seconds.labels("respond").observe(time.monotonic() - responding)
+    answer = _body(request, context, model, results) if several else _single(request, context, model, results[0])
+    context.metrics.stage["respond"].observe(time.monotonic() - responding)
     return answer
 
 
@@ -119,27 +148,37 @@ async def _read_form(request: Request, max_images: int, max_bytes: int) -> list[
     return files
 
 
-def _single(request: Request, model: ServedModel, result: Judged | OodgateError) -> JSONResponse:
+def _single(request: Request, context: Context, model: ServedModel, result: Judged | OodgateError) -> Response:
     if isinstance(result, OodgateError):
-        count_rejection(request.app.state.context, result)
+        count_rejection(context, result)
         return problems.response(result, request, index=0)
-    body = verdict_body(model, result.answer, request.scope["request_id"], result.decode_s, result.total_s)
-    return JSONResponse(body, headers={"X-OODGate-Decision": body["decision"]})
+    evidence = shows_evidence(context, Asker.of(request))
+    return _json(
+        verdict_body(result, model, request.scope["request_id"], evidence=evidence), accepted=_accepted(result)
+    )
 
 
-def _body(request: Request, model: ServedModel, results: Sequence[Judged | OodgateError]) -> JSONResponse:
-    request_id = request.scope["request_id"]
+def _body(request: Request, context: Context, model: ServedModel, results: Sequence[Judged | OodgateError]) -> Response:
     failures = [result for result in results if isinstance(result, OodgateError)]
     if len(failures) == len(results) and all(isinstance(failure, ServiceError) for failure in failures):
         raise failures[0]  # the server failed, not the images: say so in the status
     for failure in failures:
-        count_rejection(request.app.state.context, failure)
+        count_rejection(context, failure)
+    evidence = shows_evidence(context, Asker.of(request))
     bodies = [
         {"problem": problems.problem(result, index=index)}
         if isinstance(result, OodgateError)
-        else verdict_body(model, result.answer, request_id, result.decode_s, result.total_s)
+        else verdict_body(result, model, request.scope["request_id"], evidence=evidence)
         for index, result in enumerate(results)
     ]
     # The strictest decision of all: a caller that reads the header alone forwards only what is wholly accepted.
-    accepted = all(body.get("decision") == "accept" for body in bodies)
-    return JSONResponse({"verdicts": bodies}, headers={"X-OODGate-Decision": "accept" if accepted else "defer"})
+    return _json({"verdicts": bodies}, accepted=all(map(_accepted, results)))
+
+
+def _accepted(result: Judged | OodgateError) -> bool:
+    return isinstance(result, Judged) and result.answer.verdict.decision == "accept"
+
+
+def _json(body: dict[str, Any], *, accepted: bool) -> Response:
+    headers = {"X-OODGate-Decision": "accept" if accepted else "defer"}
+    return Response(orjson.dumps(body), media_type="application/json", headers=headers)

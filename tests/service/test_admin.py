@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policies and versions changed while serving: who may, what is refused, what outlives a restart."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+
+from detector import artifact as artifacts
+from detector.artifact import MANIFEST, SCORES
+from service import Settings, create_app
+from service.errors import StateUnwritable
+from tests.helpers import GOOD
+from tests.service.conftest import serving
+from tests.service.test_security import bearer, sha256
+from tests.service.test_verdict import NOISE, assert_problem, post
+
+BOSS = {"authorization": "Bearer boss"}
+STRICT = {"target_id_acceptance": 0.9, "guarantee": {"kind": "simultaneous", "delta": 0.05}, "score_name": "grood_norm"}
+
+
+def settings(models: Path, state: Path, **more: Any) -> Settings:
+    return Settings(models=models, state_dir=state, admin_token_sha256=sha256("boss"), **more)
+
+
+@pytest.fixture
+def models(toy: Path, tmp_path: Path) -> Path:
+    """A folder of models that a test may change."""
+    shutil.copytree(toy, tmp_path / "models" / "toy" / "1")
+    return tmp_path / "models"
+
+
+def add_version(models: Path, number: int) -> Path:
+    """Another version of the toy model: the same network and scores under another number."""
+    directory = models / "toy" / str(number)
+    artifact = artifacts.load(models / "toy" / "1")
+    artifact.manifest = artifact.manifest.model_copy(update={"version": str(number)})
+    artifacts.save(artifact, directory)
+    return directory
+
+
+def load(client: httpx.Client, version: str | None = None) -> httpx.Response:
+    body = {} if version is None else {"parameters": {"version": version}}
+    return client.post("/v2/repository/models/toy/load", json=body, headers=BOSS)
+
+
+def test_a_policy_is_recomputed_from_the_stored_scores_and_decides_at_once(models: Path, tmp_path: Path) -> None:
+    with serving(settings(models, tmp_path / "state")) as running:
+        before = post(running.client, GOOD).json()["ood"]
+        assert running.client.get("/v1/models/toy/policy").json()["score_name"] == before["score_name"] == "grood"
+        changed = running.client.put("/v1/models/toy/policy", json=STRICT, headers=BOSS)
+        assert changed.status_code == 200
+        assert "for every target at once" in changed.json()["calibration"]["promise"]
+        after = post(running.client, GOOD).json()["ood"]
+        assert (after["score_name"], after["target_id_acceptance"]) == ("grood_norm", 0.9)
+        assert after["shadow"]["grood"]["score"] == pytest.approx(before["score"], rel=1e-4)
+        served = running.context.registry.get("toy")
+        assert after["threshold"] == served.decider.thresholds[0].value
+
+
+def test_a_policy_outlives_a_restart_and_not_another_model(models: Path, tmp_path: Path) -> None:
+    with serving(settings(models, tmp_path / "state")) as running:
+        assert running.client.put("/v1/models/toy/policy", json=STRICT, headers=BOSS).status_code == 200
+    with serving(settings(models, tmp_path / "state")) as running:
+        assert running.client.get("/v1/models/toy/policy").json()["score_name"] == "grood_norm"
+        add_version(models, 2)
+        assert load(running.client).json()["version"] == "2"
+        assert running.client.get("/v1/models/toy/policy").json()["score_name"] == "grood"
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code"),
+    [
+        ({"target_id_acceptance": 0.99, "guarantee": {"kind": "pac", "delta": 0.05}}, 422, "calibration_error"),
+        ({"target_id_acceptance": 0.9999}, 422, "too_few_samples"),
+        ({"score_name": "no_such_score"}, 422, "calibration_error"),
+        ({"alpha_conf": 0.5}, 422, "calibration_error"),
+        ({"target_id_acceptance": 1.5}, 400, "malformed_request"),
+        ({"unknown": 1}, 400, "malformed_request"),
+    ],
+)
+def test_a_policy_that_cannot_be_kept_changes_nothing(
+    models: Path, tmp_path: Path, change: dict[str, Any], status: int, code: str
+) -> None:
+    with serving(settings(models, tmp_path / "state")) as running:
+        before = running.client.get("/v1/models/toy/policy").json()
+        assert_problem(running.client.put("/v1/models/toy/policy", json=STRICT | change, headers=BOSS), status, code)
+        assert running.client.get("/v1/models/toy/policy").json() == before
+        assert not (tmp_path / "state" / "policy").exists()
+
+
+def test_a_policy_that_cannot_be_remembered_is_not_applied(models: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "policy").write_text("a file where a folder should be")
+    with serving(settings(models, state)) as running:
+        answer = running.client.put("/v1/models/toy/policy", json=STRICT, headers=BOSS)
+        assert_problem(answer, 500, "state_unwritable")
+        assert running.client.get("/v1/models/toy/policy").json()["score_name"] == "grood"
+
+
+def test_a_damaged_stored_policy_is_left_for_the_models_own(models: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "state" / "policy"
+    folder.mkdir(parents=True)
+    (folder / "toy.json").write_text("{half a")
+    with serving(settings(models, tmp_path / "state")) as running:
+        assert running.client.get("/v1/models/toy/policy").json()["score_name"] == "grood"
+
+
+CHANGES = [
+    ("PUT", "/v1/models/toy/policy"),
+    ("POST", "/v2/repository/models/toy/load"),
+    ("POST", "/v2/repository/models/toy/unload"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), CHANGES)
+def test_only_the_admin_changes_anything(models: Path, tmp_path: Path, method: str, path: str) -> None:
+    with serving(settings(models, tmp_path / "state", tokens={"camera": sha256("one")})) as running:
+        for headers, status, code in ((bearer("one"), 403, "admin_only"), ({}, 401, "unauthorized")):
+            headers.pop("content-type", None)
+            assert_problem(running.client.request(method, path, json=STRICT, headers=headers), status, code)
+
+
+@pytest.mark.parametrize(("method", "path"), CHANGES)
+def test_without_an_admin_token_nothing_can_be_changed(client: httpx.Client, method: str, path: str) -> None:
+    assert_problem(client.request(method, path, json=STRICT), 403, "admin_disabled")
+
+
+def test_a_new_version_takes_over_without_losing_or_mixing_an_answer(models: Path, tmp_path: Path) -> None:
+    with serving(settings(models, tmp_path / "state", audit=False)) as running, ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(post, running.client, GOOD if i % 2 else NOISE) for i in range(120)]
+        add_version(models, 2)
+        assert load(running.client).json()["version"] == "2"
+        asked += [pool.submit(post, running.client, GOOD if i % 2 else NOISE) for i in range(120)]
+        answers = [future.result() for future in asked]
+    assert [answer.status_code for answer in answers] == [200] * 240
+    assert [answer.json()["decision"] for answer in answers] == ["defer", "accept"] * 120
+    assert {answer.json()["model"]["version"] for answer in answers[:8] + answers[-8:]} == {"1", "2"}
+    assert {answer.json()["model"]["version"] for answer in answers[120:]} == {"2"}
+
+
+def test_a_version_that_cannot_be_served_leaves_the_old_one_and_says_why(models: Path, tmp_path: Path) -> None:
+    with serving(settings(models, tmp_path / "state")) as running:
+        broken = add_version(models, 2) / SCORES
+        broken.write_bytes(broken.read_bytes()[:-1])
+        assert_problem(load(running.client), 422, "artifact_corrupt")
+        card = running.client.get("/v1/models/toy").json()
+        assert (card["version"], card["failed_update"]["version"]) == ("1", "2")
+        assert SCORES in card["failed_update"]["detail"]
+        index = running.client.post("/v2/repository/index").json()
+        assert [(entry["version"], entry["state"]) for entry in index] == [("1", "READY"), ("2", "UNAVAILABLE")]
+        assert SCORES in index[1]["reason"]
+        assert post(running.client, GOOD).status_code == 200
+        assert running.metric("oodgate_model_loads_total", result="failure") == 1
+        assert running.metric("oodgate_model_ready", model="toy", version="1") == 1
+
+
+def test_an_older_version_can_be_named_and_an_unknown_one_is_a_404(models: Path, tmp_path: Path) -> None:
+    add_version(models, 2)
+    with serving(settings(models, tmp_path / "state")) as running:
+        assert post(running.client, GOOD).json()["model"]["version"] == "2"
+        assert load(running.client, "1").json()["version"] == "1"
+        assert post(running.client, GOOD).json()["model"]["version"] == "1"
+        assert running.context.metrics.registry.get_sample_value(
+            "oodgate_model_ready", {"model": "toy", "version": "2"}
+        ) is None  # fmt: skip
+        assert_problem(load(running.client, "9"), 404, "model_not_found")
+        assert_problem(load(running.client, "../../etc"), 404, "model_not_found")
+
+
+def test_unloading_the_last_model_makes_the_server_not_ready_until_one_is_loaded(models: Path, tmp_path: Path) -> None:
+    with serving(settings(models, tmp_path / "state")) as running:
+        gone = running.client.post("/v2/repository/models/toy/unload", headers=BOSS)
+        assert gone.json() == {"name": "toy", "state": "UNAVAILABLE"}
+        assert running.client.get("/v2/health/ready").status_code == 503
+        assert running.client.get("/v2/health/live").status_code == 200
+        assert_problem(post(running.client, GOOD), 404, "model_not_found")
+        assert load(running.client).status_code == 200
+        assert post(running.client, GOOD).status_code == 200
+
+
+def test_polling_takes_newer_versions_and_gives_up_on_broken_ones_until_they_change(
+    models: Path, tmp_path: Path
+) -> None:
+    with serving(settings(models, tmp_path / "state", poll_seconds=0.01)) as running:
+
+        def failures() -> float:
+            return running.metric("oodgate_model_loads_total", result="failure")
+
+        directory = add_version(models, 3)
+        wait_until(lambda: post(running.client, GOOD).json()["model"]["version"] == "3")
+        broken = models / "toy" / "4"
+        shutil.copytree(directory, models / "toy" / "four")
+        manifest = json.loads((models / "toy" / "four" / MANIFEST).read_text())
+        (models / "toy" / "four" / MANIFEST).write_text(json.dumps(manifest | {"schema_version": 99}))
+        (models / "toy" / "four").rename(broken)
+        wait_until(lambda: failures() == 1)
+        for _ in range(20):
+            assert post(running.client, GOOD).json()["model"]["version"] == "3"
+        assert failures() == 1
+
+
+def wait_until(condition: Any) -> None:
+    """Ask a running server again until it says so; a request a turn is the wait."""
+    for _ in range(5000):
+        if condition():
+            return
+    raise AssertionError("it never came true")
+
+
+def test_every_decision_and_change_is_one_audit_line_without_the_image(models: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with serving(settings(models, state, tokens={"camera-1": sha256("one")})) as running:
+        headers = bearer("one") | {"x-request-id": "r-1"}
+        verdict = running.client.post("/v1/verdict", content=NOISE, headers=headers).json()
+        running.client.post("/v1/verdict", content=b"no image", headers=headers)
+        running.client.put("/v1/models/toy/policy", json=STRICT, headers=BOSS)
+    lines = [json.loads(line) for line in (state / "audit" / "audit.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["decision", "policy"]
+    decision, policy = lines
+    assert (decision["request_id"], decision["caller"], decision["decision"]) == ("r-1", "camera-1", "defer")
+    assert decision["sha256"] == hashlib.sha256(NOISE).hexdigest()
+    assert decision["ood"] == verdict["ood"]
+    assert decision["digest"] == verdict["model"]["digest"]
+    assert (policy["caller"], policy["policy"]["score_name"]) == ("admin", "grood_norm")
+
+
+def test_scores_can_be_kept_for_the_admin(models: Path, tmp_path: Path) -> None:
+    with serving(settings(models, tmp_path / "state", expose="decision")) as running:
+        hidden = post(running.client, GOOD).json()
+        assert "ood" not in hidden
+        assert (hidden["decision"], hidden["prediction"]["label"] in ("red", "green", "blue", "grey")) == (
+            "accept",
+            True,
+        )
+        assert "ood" in running.client.post("/v1/verdict", content=GOOD, headers=bearer("boss")).json()
+        tensor = {
+            "inputs": [
+                {"name": "image_bytes", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(GOOD).decode()]}
+            ]
+        }
+        infer = running.client.post("/v2/models/toy/infer", json={"inputs": [encoded]}).json()
+        assert {"ood_score", "p_value"}.isdisjoint(output["name"] for output in infer["outputs"])
+        assert "threshold" not in infer["parameters"]
+
+
+def test_a_state_folder_that_cannot_be_written_stops_the_start(models: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(StateUnwritable, match="OODGATE_STATE_DIR"), TestClient(create_app(settings(models, blocked))):
+        pass
+    with serving(settings(models, blocked, audit=False)) as running:
+        assert post(running.client, GOOD).status_code == 200
