@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,11 +54,11 @@ class GatedModel(nn.Module):
         self, module: nn.Module, path: str | Path, *, precision: Literal["auto", "fp32", "bf16"] = "fp32"
     ) -> None:
         super().__init__()
-        artifact = artifacts.load(Path(path))
-        self._expected = _weights(artifact)
-        _check_weights(module, self._expected)
+        self._path = Path(path)
+        artifact = artifacts.load(self._path)
+        _check_weights(module, artifact)
         self.module = module
-        self._artifact = artifact
+        self._artifact = replace(artifact, weights=None, export=None)  # the module has them
         self._precision: Precision = chosen_precision(artifact.manifest, self._device, precision)
         self._detector = self._bind()
         self._detector.self_test(artifact.golden)
@@ -130,15 +129,9 @@ def _run(detector: Detector, x: Tensor) -> Outputs:
     return backbone.outputs_of(x.to(backbone.device).contiguous(memory_format=torch.channels_last))
 
 
-def _weights(artifact: Artifact) -> Mapping[str, Tensor]:
-    if artifact.weights is not None:
-        return artifact.weights
-    exported: dict[str, Tensor] = network_of(artifact).state_dict()
-    return exported
-
-
-def _check_weights(module: nn.Module, expected: Mapping[str, Tensor]) -> None:
+def _check_weights(module: nn.Module, artifact: Artifact) -> None:
     state: dict[str, Tensor] = module.state_dict()
+    expected = network_of(artifact).state_dict() if artifact.weights is None else artifact.weights
     odd = sorted(
         name
         for name, value in expected.items()
@@ -169,4 +162,4 @@ def _rename(state: dict[str, Any], old: str, new: str) -> None:
 
 def _check_loaded(module: nn.Module, incompatible: Any) -> None:
     assert isinstance(module, GatedModel)
-    _check_weights(module.module, module._expected)
+    _check_weights(module.module, artifacts.load(module._path))

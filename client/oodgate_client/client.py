@@ -30,7 +30,7 @@ class _Settings:
         wire.verdict_path(model, version)  # so that a version without its model is refused here
         self.url, self.timeout_s, self.retry = url.rstrip("/"), timeout_s, retry
         self._judge = model, version
-        self._authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._authorization = wire.authorization(token)
 
     def _path(self, model: str | None, version: str | None) -> str:
         default_model, default_version = self._judge
@@ -63,7 +63,7 @@ class Client(_Settings):
         sleep: waits between attempts.
 
     Raises:
-        ValueError: no address of a server, or a version without its model.
+        ValueError: no address of a server, a token that no header can carry, or a version without its model.
     """
 
     def __init__(

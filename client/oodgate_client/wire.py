@@ -46,7 +46,7 @@ _BY_STATUS: Mapping[int, type[OodgateError]] = {
     504: DeadlinePassed,
 }
 # Broken before an answer came; a verdict has no effect on the server that a second one would double.
-_BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
+_BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout, httpx.ProxyError)
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,15 @@ def check_address(url: str) -> None:
         raise ValueError(f"{url!r} is no address: {error}") from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError(f"the server's address must begin with http:// or https:// and name a host; got {url!r}")
+
+
+def authorization(token: str | None) -> dict[str, str]:
+    """The header that carries a token; ValueError, which does not repeat it, for one that no header can carry."""
+    if token is None:
+        return {}
+    if not token or not all("!" <= letter <= "~" for letter in token):
+        raise ValueError("the token is empty or holds a space, a line break or a letter outside ASCII; strip it")
+    return {"Authorization": f"Bearer {token}"}
 
 
 def verdict_path(model: str | None, version: str | None) -> str:

@@ -164,6 +164,13 @@ def test_the_token_goes_with_every_request(scripted: Scripted) -> None:
     assert [headers["authorization"] for _, headers, _ in scripted.seen] == ["Bearer s3cret"] * 3
 
 
+@pytest.mark.parametrize("token", ["", "s3cret\n", "s3 cret", "sécret"])
+def test_a_token_that_no_header_can_carry_is_refused_and_not_repeated(token: str) -> None:
+    with pytest.raises(ValueError, match="strip it") as raised:
+        Client("http://localhost", token=token)
+    assert "cret" not in str(raised.value)
+
+
 def test_a_redirect_is_not_followed(scripted: Scripted) -> None:
     scripted.script = [(307, {"Location": "http://127.0.0.1:9/elsewhere"}, "")]
     with pytest.raises(ServerFailed, match="HTTP 307"):
