@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from detector import Detector, GatedModel, artifact as artifacts
 from detector.cifar_resnet import CifarResNet18
 from detector.detector import network_of
-from detector.errors import DataError, GoldenMismatch, WeightsMismatch
-from tests.helpers import TOY_SPEC, encoded, toy_images
+from detector.errors import ArtifactError, DataError, GoldenMismatch, WeightsMismatch
+from tests.helpers import EMBEDDED, TOY_SPEC, encoded, toy_images
 
 IMAGES = np.concatenate(
     [toy_images(9, seed=60)[0], np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)]
@@ -101,6 +101,21 @@ def test_training_mode_is_refused_until_eval(gated: GatedModel) -> None:
     with pytest.raises(DataError, match=r"eval\(\)"):
         gated(x)
     assert len(gated.eval()(x).verdicts) == len(IMAGES)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_stored_as_half_are_known_again_in_either_precision(precision: Literal["fp32", "bf16"]) -> None:
+    stored = artifacts.load(EMBEDDED)
+    assert stored.weights is not None
+    assert stored.weights["conv1.weight"].dtype == torch.float16
+    gated = GatedModel(network_of(stored), EMBEDDED, precision=precision)
+    expected = Detector.load(EMBEDDED, device="cpu", precision=precision).verdicts(IMAGES)
+    assert gated(gated.prepare(IMAGES)).verdicts == expected
+
+
+def test_a_precision_that_was_never_calibrated_is_refused(network: nn.Module, toy: Path) -> None:
+    with pytest.raises(ArtifactError, match="never calibrated"):
+        GatedModel(network, toy, precision="bf16")
 
 
 @pytest.mark.parametrize(
