@@ -156,16 +156,21 @@ class Backbone:
             empty = self.weight.new_zeros
             no_inputs = images if inputs else None
             return Outputs(empty(0, self.num_classes), empty(0, self.weight.shape[1]), inputs=no_inputs)
+        outputs = self.outputs_of(self.normalised(images), early=early)
+        return replace(outputs, inputs=images) if inputs else outputs
+
+    def outputs_of(self, x: Tensor, *, early: bool = False) -> Outputs:
+        """Run the network on its own input, float [N, 3, H, W], as `normalised` gives it; the rest as for `outputs`."""
         taps: dict[str, Tensor] = {}
         with self._one_at_a_time, torch.inference_mode(), self._recording(self.early, taps, wanted=early):
-            penultimate = self._penultimate(self._normalised(images))
+            penultimate = self._penultimate(x)
             logits = torch.addmm(self.bias, penultimate, self.weight.T)
         if not bool(torch.isfinite(logits).all()):
             bad = (~torch.isfinite(logits).all(dim=1)).nonzero().flatten().tolist()
             raise NonFiniteFeatures(
                 f"the network gave NaN or infinity for image {bad[0]} of the batch; check its weights"
             )
-        return Outputs(logits, penultimate, taps.get(self.early), inputs=images if inputs else None)
+        return Outputs(logits, penultimate, taps.get(self.early))
 
     def resume(self, early: Tensor) -> Tensor:
         """Run the rest of the network from the early layer's output.
@@ -219,7 +224,7 @@ class Backbone:
             handles = [self._module(path).register_forward_hook(keep_output(path)) for path in layers]
             handles.append(self._module(self.head).register_forward_pre_hook(keep_input))
             try:
-                self.module(self._normalised(images).requires_grad_())
+                self.module(self.normalised(images).requires_grad_())
             finally:
                 for handle in handles:
                     handle.remove()
@@ -234,7 +239,7 @@ class Backbone:
             images: uint8 [N, H, W, 3].
         """
         with self._one_at_a_time:
-            x = self._normalised(images).contiguous()
+            x = self.normalised(images).contiguous()
             logits: Tensor = functional_call(self.module, dict(parameters), (x,))
         return logits
 
@@ -254,7 +259,8 @@ class Backbone:
                 "the network has a path around that layer; choose another early layer"
             )
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images uint8 [N, H, W, 3] -> the network's input, float32 [N, 3, H, W] on its device."""
         pixels = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         normalised: Tensor = (pixels.float() - self._mean) / self._std
         return normalised

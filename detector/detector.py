@@ -12,7 +12,7 @@ from typing import Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from detector import artifact as artifacts
 from detector.artifact import GOLDEN_TOLERANCE, Artifact, Manifest
@@ -82,15 +82,20 @@ class Detector:
         """
         artifact = artifacts.load(Path(path))
         target = resolve_device(device)
-        detector = cls.from_artifact(artifact, target, _chosen_precision(artifact.manifest, target, precision))
+        detector = cls.from_artifact(artifact, target, chosen_precision(artifact.manifest, target, precision))
         detector.self_test(artifact.golden)
         return detector
 
     @classmethod
-    def from_artifact(cls, artifact: Artifact, device: torch.device, precision: Precision) -> Self:
-        """Build a detector from an artifact in memory, without the golden self-test."""
+    def from_artifact(
+        cls, artifact: Artifact, device: torch.device, precision: Precision, module: nn.Module | None = None
+    ) -> Self:
+        """Build a detector from an artifact in memory, without the golden self-test.
+
+        `module` is its network, where that is in memory already.
+        """
         manifest = artifact.manifest
-        backbone = _backbone(artifact, device, precision)
+        backbone = _backbone(artifact, network_of(artifact) if module is None else module, device, precision)
         scores = {name: registry()[name].from_state(_part(artifact.scores, name), backbone) for name in manifest.scores}
         bind(scores)
         return cls(manifest, backbone, scores, calibration_scores(artifact, precision), artifact.splits)
@@ -212,20 +217,25 @@ def calibration_scores(artifact: Artifact, precision: Precision) -> CalibrationS
     return CalibrationScores(grouping, split)
 
 
-def _backbone(artifact: Artifact, device: torch.device, precision: Precision) -> Backbone:
+def network_of(artifact: Artifact) -> nn.Module:
+    """The network that an artifact carries, with its weights."""
+    if artifact.export is not None:
+        return load_export(artifact.export, artifacts.EXPORT)
+    if artifact.weights is None:
+        raise ArtifactCorrupt("the artifact holds neither backbone.safetensors nor backbone.pt2")
+    module = build(artifact.manifest.network)
+    module.load_state_dict(artifact.weights)
+    return module
+
+
+def _backbone(artifact: Artifact, module: nn.Module, device: torch.device, precision: Precision) -> Backbone:
     manifest = artifact.manifest
     taps = {"head": manifest.head, "early": manifest.early}
-    if artifact.export is not None:
-        module = load_export(artifact.export, artifacts.EXPORT)
-    elif artifact.weights is not None:
-        module = build(manifest.network)
-        module.load_state_dict(artifact.weights)
-    else:
-        raise ArtifactCorrupt("the artifact holds neither backbone.safetensors nor backbone.pt2")
     return Backbone(module, manifest.preprocessing, device=device, precision=precision, **taps)
 
 
-def _chosen_precision(manifest: Manifest, device: torch.device, asked: str) -> Precision:
+def chosen_precision(manifest: Manifest, device: torch.device, asked: str) -> Precision:
+    """The precision to run in; ArtifactError where the one asked for was never calibrated."""
     if asked == "auto":
         return "bf16" if device.type == "cuda" and "bf16" in manifest.precisions else "fp32"
     for precision in manifest.precisions:
