@@ -133,11 +133,6 @@ async def unload(name: str) -> None:
     raise AdminDisabled
 
 
-_DISABLED = (
-    "loading and unloading take the admin token, and none is configured. Put the model in its folder and restart."
-)
-
-
 def _metadata(model: ServedModel) -> ModelMetadata:
     manifest = model.detector.manifest
     return ModelMetadata(
