@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # OpenMP threads that spin while waiting collapse beside a busy neighbour.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: serve test check bench fmt model clean
+.PHONY: serve test check bench bench-serving fmt model clean
 
 serve: $(VENV)/.serve
 	$(BIN)/oodgate serve
@@ -25,6 +25,12 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.score_cost
 	$(BIN)/python -m benchmarks.start_up
 	$(BIN)/python -m benchmarks.readme
+
+# Every server on every workload, three times, interleaved; some hours. Needs wrk, and nothing else running.
+bench-serving: $(VENV)/.dev
+	for workload in N B A C D; do $(BIN)/python -m benchmarks.serving.run --workload $$workload || exit 1; done
+	for workload in N B A; do $(BIN)/python -m benchmarks.serving.experiments --workload $$workload || exit 1; done
+	$(BIN)/python -m benchmarks.serving.table
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

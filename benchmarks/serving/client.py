@@ -86,7 +86,7 @@ class Client:
 
     def __init__(self, url: str, content_type: str, bodies: Sequence[Path]) -> None:
         parts = urlsplit(url)
-        self.host, self.port = parts.hostname, parts.port
+        self.host, self.port = parts.hostname or "127.0.0.1", parts.port or 80
         head = f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: {content_type}\r\n"
         contents = [body.read_bytes() for body in bodies]
         self.requests = [f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content for content in contents]

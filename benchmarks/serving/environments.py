@@ -33,8 +33,8 @@ def interpreter(peer: str) -> Path:
         return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
     # The pins are complete; --no-deps lets a release that asks for one newer than the index serves still install.
-    install = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*install, "-r", requirements(peer)], check=True)
+    install = ("-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps", "-r")
+    subprocess.run([python, *install, requirements(peer)], check=True)
     packages = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     (packages / "shared.pth").write_text(f"{shared}\n")
     stamp.write_text(wanted)

@@ -86,7 +86,9 @@ def main() -> None:
             ready.logits([ready.decode(next(turn)) for _ in range(MAX_BATCH)])
             done += MAX_BATCH
         wall, cpu = time.perf_counter() - began, time.process_time() - used
-        print(json.dumps({"images_per_s": done / wall, "images_per_cpu_s": done / cpu, "cores": cpu / wall}), flush=True)
+        print(
+            json.dumps({"images_per_s": done / wall, "images_per_cpu_s": done / cpu, "cores": cpu / wall}), flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,10 @@ def open_loop(running: Running, rate: float, seconds: float, seed: int) -> dict[
     Returns:
         rate (images/s), sent, failed, p50_ms, p90_ms, p99_ms, max_ms.
     """
-    return _client(running, "open", "--rate", f"{rate:.3f}", "--seconds", f"{seconds}", "--seed", str(seed))
+    found: dict[str, float] = _client(
+        running, "open", "--rate", f"{rate:.3f}", "--seconds", f"{seconds}", "--seed", str(seed)
+    )
+    return found
 
 
 def burst(running: Running, connections: int, requests: int, singles: int) -> dict[str, Any]:
@@ -64,7 +67,8 @@ def burst(running: Running, connections: int, requests: int, singles: int) -> di
         before_ms and after_ms, lists in order.
     """
     counts = {"--connections": connections, "--requests": requests, "--singles": singles}
-    return _client(running, "burst", *(str(part) for pair in counts.items() for part in pair))
+    found: dict[str, Any] = _client(running, "burst", *(str(part) for pair in counts.items() for part in pair))
+    return found
 
 
 def _client(running: Running, *arguments: str) -> Any:

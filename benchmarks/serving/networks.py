@@ -112,5 +112,5 @@ def _clustered(module: nn.Module, pixels: Pixels, preprocessing: Preprocessing) 
         head.weight.copy_(centres / spread / len(spread) ** 0.5)
         head.bias.copy_(-(head.weight @ features.mean(0)) - centres.square().sum(1) / 2 / len(spread) ** 0.5)
         module.fc = head
-        labels = head(features).argmax(1)
-    return labels.numpy()
+        labels: NDArray[np.int64] = head(features).argmax(1).numpy()
+    return labels

@@ -15,12 +15,12 @@ from typing import Any
 import psutil
 
 from benchmarks.serving import environments
-from benchmarks.serving.servers import PEERS, SERVERS, THREADS
+from benchmarks.serving.servers import THREADS
 from benchmarks.serving.workloads import Workload
 
 RESULTS = Path(__file__).parent / "results"
 OURS = ("torch", "torchvision", "numpy", "pillow", "fastapi", "starlette", "uvicorn", "pydantic")
-OF_PEERS = {"litserve": "litserve", "bentoml": "bentoml", "mosec": "mosec", "ray": "ray", "fastapi": "fastapi"}
+PEER_PACKAGES = ("litserve", "bentoml", "mosec", "ray")  # FastAPI is among ours
 
 
 def write_runs(folder: Path, workload: Workload, seconds: float, runs: Sequence[dict[str, Any]]) -> None:
@@ -40,11 +40,11 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and threads of a forward pass; nothing that names the host."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    fields = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    told = {name.strip(): value.strip() for name, _, value in fields}
+    flags = told.get("flags", "").split()
     return {
-        "cpu": model,
+        "cpu": told.get("model name", platform.machine()),
         "features": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
@@ -54,7 +54,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of Python, of what computes, and of every peer."""
-    peers = {package: environments.versions(peer)[package] for peer, package in OF_PEERS.items() if peer != "fastapi"}
+    peers = {package: environments.versions(package)[package] for package in PEER_PACKAGES}
     return {"python": platform.python_version()} | {name: version(name) for name in OURS} | peers
 
 
@@ -71,7 +71,8 @@ def efficiency(run: dict[str, Any], concurrency: int = 32) -> float:
 
 def line(run: dict[str, Any]) -> str:
     """One run in one line, for the person who waits."""
-    parts = [f"{run['server']:24}{run['asked']:5}{run['mode']:9}ready {run['ready_s']:5.1f} s {run['resident_mb']:6.0f} MB"]
+    begun = f"ready {run['ready_s']:5.1f} s {run['resident_mb']:6.0f} MB"
+    parts = [f"{run['server']:24}{run['asked']:5}{run['mode']:9}{begun}"]
     for level, found in run["closed"].items():
         parts.append(f"c={level}: {found['images_per_s']:.1f}/s p50 {found['p50_ms']:.1f} p99 {found['p99_ms']:.1f} ms")
         if found["failed"]:
@@ -81,12 +82,3 @@ def line(run: dict[str, Any]) -> str:
     for share, found in run["open"].items():
         parts.append(f"{share} of capacity: p50 {found['p50_ms']:.1f} p99 {found['p99_ms']:.1f} ms")
     return " | ".join(parts)
-
-
-def names() -> tuple[str, ...]:
-    """The servers in the order of the tables."""
-    return tuple(SERVERS)
-
-
-def peers() -> tuple[str, ...]:
-    return PEERS

@@ -50,7 +50,9 @@ def measure(
         after = bare(forward["precision"], forward["mode"], plan.seconds / 2)
         capacity = closed[str(SATURATED)]["images_per_s"] if str(SATURATED) in closed else 0.0
         opened = {
-            f"{share:.0%}": load.open_loop(live, share * capacity, plan.seconds, repeat) for share in plan.loads if capacity
+            f"{share:.0%}": load.open_loop(live, share * capacity, plan.seconds, repeat)
+            for share in plan.loads
+            if capacity
         }
         return {
             "server": server,

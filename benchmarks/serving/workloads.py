@@ -59,9 +59,9 @@ class Workload:
 WORKLOADS = {
     workload.letter: workload
     for workload in (
-        Workload("A", "ResNet-18 at 224 px, 500×375 JPEG", "resnet18", "photos"),
+        Workload("A", "ResNet-18 at 224 px, 500x375 JPEG", "resnet18", "photos"),
         Workload("B", "default model (CIFAR ResNet-18) at 32 px, PNG", "cifar10", "png"),
-        Workload("C", "ResNet-50 at 224 px, 500×375 JPEG", "resnet50", "photos"),
+        Workload("C", "ResNet-50 at 224 px, 500x375 JPEG", "resnet50", "photos"),
         Workload("D", "ResNet-18 at 224 px, 12-megapixel JPEG, baseline and progressive in turn", "resnet18", "large"),
         Workload("N", "null model at 32 px, PNG: the serving layer alone", "null", "png"),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,11 +44,13 @@ class Classifier:
             module = build(manifest.network)
             module.load_state_dict(artifact.weights or {})
         module.train(False)
+        self.module: Any = module.requires_grad_(False)
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.module: Any = module.requires_grad_(False).to(self.dtype)
-        self.module.to(memory_format=torch.channels_last)
+        cast(Any, module).to(dtype=self.dtype, memory_format=torch.channels_last)
         self.preprocessing, self.class_names = manifest.preprocessing, manifest.class_names
-        self._mean, self._std = torch.tensor([self.preprocessing.mean, self.preprocessing.std]).mul(255).view(2, 3, 1, 1)
+        self._mean, self._std = (
+            torch.tensor([self.preprocessing.mean, self.preprocessing.std]).mul(255).view(2, 3, 1, 1)
+        )
 
     @classmethod
     def from_environment(cls) -> Classifier:

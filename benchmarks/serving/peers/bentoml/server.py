@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """BentoML with adaptive batching: one batchable API that takes images, its window and latency target by default.
 
-    bentoml serve benchmarks.serving.peers.bentoml.server:Classify
+bentoml serve benchmarks.serving.peers.bentoml.server:Classify
 """
 
 import os

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain FastAPI: a synchronous handler, which Starlette runs in its thread pool.
 
-    uvicorn benchmarks.serving.peers.fastapi.server:app
+uvicorn benchmarks.serving.peers.fastapi.server:app
 """
 
 from typing import Annotated, Any

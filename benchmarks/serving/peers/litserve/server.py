@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LitServe as in its own image benchmark: batched, images decoded by a thread pool inside `batch`, ZeroMQ queues.
 
-    python -m benchmarks.serving.peers.litserve.server
+python -m benchmarks.serving.peers.litserve.server
 """
 
 import os

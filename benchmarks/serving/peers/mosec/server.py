@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """mosec as in its ResNet example: a stage of decoding processes, then a batched inference process.
 
-    python -m benchmarks.serving.peers.mosec.server --port PORT
+python -m benchmarks.serving.peers.mosec.server --port PORT
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ray Serve: one replica, `@serve.batch`, images decoded by a thread pool inside the batch.
 
-    python -m benchmarks.serving.peers.ray.server
+python -m benchmarks.serving.peers.ray.server
 """
 
 import asyncio
@@ -42,4 +42,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-    serve.run(Classify.bind(), blocking=True)
+    application: Any = Classify  # the decorator made it a deployment
+    serve.run(application.bind(), blocking=True)
