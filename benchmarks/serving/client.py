@@ -121,6 +121,11 @@ class Client:
         self._free.append(connection)
         return latency if status == 200 else None
 
+    def close(self) -> None:
+        """Close the connections that nobody uses."""
+        for connection in self._free:
+            connection.close()
+
 
 async def open_loop(client: Client, rate: float, seconds: float, seed: int) -> dict[str, float]:
     """Requests at Poisson instants fixed beforehand, whether or not earlier ones have been answered."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.serving.servers import Running
 from benchmarks.serving.usage import cpu_seconds, settle
-from benchmarks.serving.workloads import BUILD, ROOT
+from benchmarks.serving.workloads import ROOT
 
 SCRIPT = Path(__file__).with_name("post.lua")
 TIMEOUT_S = 120  # of one request; a queue of 512 slow images drains well within it
@@ -80,6 +80,6 @@ def _client(running: Running, *arguments: str) -> Any:
 
 
 def _listed(running: Running) -> Path:
-    path = BUILD / "bodies.txt"
+    path = running.bodies[0].parent.with_suffix(".txt")
     path.write_text("".join(f"{body}\n" for body in running.bodies))
     return path

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.readme import replaced
+from benchmarks.serving import plots
 from benchmarks.serving.goals import Goal, Measured, Run, closed, goals
 from benchmarks.serving.results import PEER_PACKAGES, RESULTS, efficiency, spread
 from benchmarks.serving.servers import SERVERS
@@ -19,6 +20,16 @@ from benchmarks.serving.workloads import ROOT, WORKLOADS
 
 PAGE, MARKER = ROOT / "docs" / "performance.md", "serving"
 EMPTY = f"## Serving\n\n<!-- {MARKER} -->\n<!-- /{MARKER} -->\n"
+PEERS = """\
+Each peer runs as its documentation recommends, in an environment of its own (`benchmarks/serving/peers/NAME/`: its
+server and its pins); torch, torchvision, numpy and Pillow are the same files for everybody. Batches of at most 16;
+windows of 10 ms where there is one to set.
+
+- LitServe: decode in a thread pool inside `batch`, ZeroMQ queues, one inference process.
+- BentoML: one batchable API, adaptive batching as by default.
+- mosec: two decoding processes, then one inference process with dynamic batching.
+- Ray Serve: one replica, `@serve.batch`, decode in a thread pool inside the batch.
+- FastAPI: a synchronous handler in the default thread pool; `fastapi-2` with two worker processes."""
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -30,9 +41,12 @@ def section(folder: Path) -> str:
     experiments = folder / "experiments.json"
     found = json.loads(experiments.read_text())["experiments"] if experiments.exists() else []
     measured = Measured({letter: result["runs"] for letter, result in stored.items()}, found)
-    parts = [_context(next(iter(stored.values()))), "### Goals", _goal_table(goals(measured))]
+    if not stored:
+        raise FileNotFoundError(f"{folder} holds no result; run `python -m benchmarks.serving.run` first")
+    parts = [_context(next(iter(stored.values()))), PEERS, "### Goals", _goal_table(goals(measured))]
     for letter, result in stored.items():
-        parts += [f"### {letter}: {result['title']}", _workload_table(letter, measured)]
+        figure = f"![Throughput of workload {letter} by concurrency](serving-{letter}.svg)"
+        parts += [f"### {letter}: {result['title']}", figure, _workload_table(letter, measured)]
     growth = measured.experiment("growth", "A")
     if growth:
         parts += ["### Growth: A, fp32", _growth_table(growth)]
@@ -141,6 +155,7 @@ def main() -> None:
     if f"<!-- {MARKER} -->" not in page:
         page = f"{page}\n{EMPTY}"
     PAGE.write_text(replaced(page, MARKER, f"\n{section(RESULTS)}\n"))
+    plots.write(RESULTS, PAGE.parent)
 
 
 if __name__ == "__main__":
