@@ -23,13 +23,23 @@ OURS = ("torch", "torchvision", "numpy", "pillow", "fastapi", "starlette", "uvic
 PEER_PACKAGES = ("litserve", "bentoml", "mosec", "ray")  # FastAPI is among ours
 
 
-def write_runs(folder: Path, workload: Workload, seconds: float, runs: Sequence[dict[str, Any]]) -> None:
+def write_runs(
+    folder: Path,
+    workload: Workload,
+    seconds: float,
+    runs: Sequence[dict[str, Any]],
+    failures: Sequence[dict[str, Any]],
+) -> None:
     """The runs of one workload; those of servers and precisions that were not run again are kept."""
     path = folder / f"{workload.letter}.json"
-    new = {(run["server"], run["asked"]) for run in runs}
-    old = json.loads(path.read_text())["runs"] if path.exists() else []
-    kept = [run for run in old if (run["server"], run["asked"]) not in new]
-    write(path, {"workload": workload.letter, "title": workload.title, "seconds": seconds, "runs": [*kept, *runs]})
+    new = {(run["server"], run["asked"]) for run in (*runs, *failures)}
+    old = json.loads(path.read_text()) if path.exists() else {"runs": [], "failures": []}
+
+    def kept(name: str) -> list[dict[str, Any]]:
+        return [run for run in old[name] if (run["server"], run["asked"]) not in new]
+
+    content = {"workload": workload.letter, "title": workload.title, "seconds": seconds}
+    write(path, content | {"failures": [*kept("failures"), *failures], "runs": [*kept("runs"), *runs]})
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ Writes benchmarks/serving/results/A.json after every server, so that an interrup
 from __future__ import annotations
 
 import argparse
+import http.client
+import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from benchmarks.serving.workloads import WORKLOADS, Workload
 LEVELS, SATURATED, LOADS = (1, 8, 32, 128), 32, (0.5, 0.9)
 WARM_S = 2.0
 PRECISIONS = ("fp32", "bf16", "auto")  # auto is oodgate as it sets itself up; a peer has no such thing
+FAILURES = (RuntimeError, OSError, http.client.HTTPException, subprocess.SubprocessError)
 SAME_LABELS = {"fp32": 1.0, "bf16": 0.9}  # rounding may move an image that lies between two classes
 
 
@@ -105,13 +108,23 @@ def main() -> None:
         if precision != "auto" or not SERVERS[server].peer
     ]
     runs: list[dict[str, Any]] = []
+    failures: list[dict[str, Any]] = []
     expected = labels_of_oodgate(workload)
     with limit(workload) as bare:
         for repeat in range(args.repeats):
             for server, precision in pairs if repeat % 2 == 0 else reversed(pairs):
-                runs.append(measure(workload, server, precision, plan, repeat, bare, expected))
-                results.write_runs(args.out, workload, args.seconds, runs)
-                print(results.line(runs[-1]), flush=True)
+                try:
+                    runs.append(measure(workload, server, precision, plan, repeat, bare, expected))
+                except FAILURES as error:  # of one server: the others are still measured
+                    failures.append(
+                        {"server": server, "asked": precision, "repeat": repeat, "error": str(error)[-500:]}
+                    )
+                    print(f"{server} {precision} FAILED: {error}", flush=True)
+                else:
+                    print(results.line(runs[-1]), flush=True)
+                results.write_runs(args.out, workload, args.seconds, runs, failures)
+    if failures:
+        raise SystemExit(f"{len(failures)} of {len(failures) + len(runs)} runs failed")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ Each peer runs as its documentation recommends, in an environment of its own (`b
 server and its pins); torch, torchvision, numpy and Pillow are the same files for everybody. Batches of at most 16;
 windows of 10 ms where there is one to set.
 
-- LitServe: decode in a thread pool inside `batch`, ZeroMQ queues, one inference process.
+- LitServe: decode in a thread pool inside `batch`, ZeroMQ queues, an inference process for each core.
 - BentoML: one batchable API, adaptive batching as by default.
 - mosec: two decoding processes, then one inference process with dynamic batching.
 - Ray Serve: one replica, `@serve.batch`, decode in a thread pool inside the batch.
@@ -47,6 +47,7 @@ def section(folder: Path) -> str:
     for letter, result in stored.items():
         figure = f"![Throughput of workload {letter} by concurrency](serving-{letter}.svg)"
         parts += [f"### {letter}: {result['title']}", figure, _workload_table(letter, measured)]
+        parts += [f"{one['server']} {one['asked']} failed in repeat {one['repeat']}." for one in result["failures"]]
     growth = measured.experiment("growth", "A")
     if growth:
         parts += ["### Growth: A, fp32", _growth_table(growth)]

@@ -38,6 +38,10 @@ class Api(litserve.LitAPI):
 
 if __name__ == "__main__":
     server = litserve.LitServer(
-        Api(max_batch_size=MAX_BATCH, batch_timeout=WINDOW_S), accelerator="cpu", timeout=120, fast_queue=True
+        Api(max_batch_size=MAX_BATCH, batch_timeout=WINDOW_S),
+        accelerator="cpu",
+        workers_per_device=os.cpu_count() or 1,  # what its documentation says for a CPU
+        timeout=120,
+        fast_queue=True,
     )
     server.run(host="127.0.0.1", port=PORT, log_level="warning", generate_client_file=False)
