@@ -26,10 +26,12 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.start_up
 	$(BIN)/python -m benchmarks.readme
 
-# Every server on every workload, three times, interleaved; some hours. Needs wrk, and nothing else running.
+# Every server on every workload, three times, interleaved: some hours. Needs wrk, and a machine that does nothing else.
+# BENCH_FLAGS='--seconds 4' makes it shorter.
 bench-serving: $(VENV)/.dev
-	for workload in N B A C D; do $(BIN)/python -m benchmarks.serving.run --workload $$workload || exit 1; done
-	for workload in N B A; do $(BIN)/python -m benchmarks.serving.experiments --workload $$workload || exit 1; done
+	for workload in N B A C D; do $(BIN)/python -m benchmarks.serving.run --workload $$workload $(BENCH_FLAGS) || exit 1; done
+	for workload in N B A; do $(BIN)/python -m benchmarks.serving.experiments --workload $$workload $(BENCH_FLAGS) || exit 1; done
+	$(BIN)/python -m benchmarks.serving.cost --workload N
 	$(BIN)/python -m benchmarks.serving.table
 
 fmt: $(VENV)/.dev

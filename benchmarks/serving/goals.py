@@ -151,6 +151,8 @@ def _experiments(measured: Measured) -> list[Goal]:
         if runs or workload == "A":
             what = f"{workload}: throughput with verdict ÷ prediction only, same server"
             rows.append(Goal(what, 0.95, None, _each(runs, lambda run: float(run["ratio"]))))
+            cost = f"{workload}: the same, images per CPU-second"
+            rows.append(Goal(cost, 0.95, None, _each(runs, lambda run: float(run["ratio_per_cpu_s"]))))
     runs = measured.experiment("growth", "A")
     rows += [
         Goal("A: throughput at 512 ÷ at 32 concurrent", 0.95, None, _each(runs, grown("images_per_s"))),

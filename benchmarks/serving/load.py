@@ -23,7 +23,8 @@ def closed(running: Running, concurrency: int, seconds: float) -> dict[str, floa
     """wrk with so many connections, each with one request under way.
 
     Returns:
-        images_per_s, images_per_cpu_s, p50_ms, p90_ms, p99_ms, max_ms, failed (refused, broken or timed out), cores.
+        images, images_per_s, images_per_cpu_s, p50_ms, p90_ms, p99_ms, max_ms, cores, and failed: refused, broken
+        or timed out.
     """
     wrk = shutil.which("wrk")
     if wrk is None:
@@ -40,6 +41,7 @@ def closed(running: Running, concurrency: int, seconds: float) -> dict[str, floa
     result: dict[str, float] = json.loads(line.removeprefix("RESULT "))
     good = result["answered"] - result["refused"]
     return {
+        "images": good,
         "images_per_s": good / result["seconds"],
         "images_per_cpu_s": good / used,
         **{name: result[name] for name in ("p50_ms", "p90_ms", "p99_ms", "max_ms")},

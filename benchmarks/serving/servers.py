@@ -91,6 +91,8 @@ SERVERS = {
         ),
     )
 }
+# oodgate watched from within; it stands in no table.
+COSTED = Server("oodgate-cost", _oodgate("benchmarks.serving.cost"), "/v1/verdict", "/v2/health/ready")
 PEERS = tuple(server.name for server in SERVERS.values() if server.peer)
 
 

@@ -148,6 +148,8 @@ def _spread(values: Iterable[float], digits: int) -> str:
     if not known:
         return "none"
     low, middle, high = spread(known)
+    if len(known) == 1:
+        return f"{middle:,.{digits}f}"
     return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
