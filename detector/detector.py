@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,17 +12,19 @@ from typing import Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from detector import artifact as artifacts
 from detector.artifact import GOLDEN_TOLERANCE, Artifact, Manifest
-from detector.backbone import Backbone, Outputs, Precision, resolve_device
+from detector.backbone import Backbone, Outputs, Precision, Run, resolve_device
 from detector.errors import ArtifactCorrupt, ArtifactError, CalibrationError, GoldenMismatch
 from detector.features import bind
 from detector.images import Limits, Pixels, decode, image_ids
 from detector.networks import build, load_export
 from detector.policy import CalibrationScores, Decider, Grouping, Policy, Verdict
 from detector.scores import Score, registry, score_all
+
+log = logging.getLogger(__name__)
 
 Images = Pixels | Tensor | Sequence[bytes]
 BATCH = 64
@@ -63,7 +66,8 @@ class Detector:
         Args:
             path: a model directory.
             device: cpu, cuda, cuda:N, or auto: cuda where there is one.
-            precision: fp32, bf16, or auto: bf16 on cuda where it was calibrated, else fp32.
+            precision: fp32, bf16, or auto: bf16 where it is calibrated, the device multiplies in it and the golden inputs
+                agree, else fp32.
 
         Raises:
             ArtifactNotFound, ArtifactCorrupt, SplitOverlap: see `artifact.load`.
@@ -73,7 +77,16 @@ class Detector:
         """
         artifact = artifacts.load(Path(path))
         target = resolve_device(device)
-        detector = cls.from_artifact(artifact, target, _chosen_precision(artifact.manifest, target, precision))
+        *preferred, last = _candidates(artifact.manifest, target, precision)
+        for candidate in preferred:
+            detector = cls.from_artifact(artifact, target, candidate)
+            try:
+                detector.self_test(artifact.golden)
+            except GoldenMismatch as error:
+                log.warning("%s is left for %s: %s", candidate, last, error, extra={"model": artifact.manifest.name})
+            else:
+                return detector
+        detector = cls.from_artifact(artifact, target, last)
         detector.self_test(artifact.golden)
         return detector
 
@@ -85,6 +98,22 @@ class Detector:
         scores = {name: registry()[name].from_state(_part(artifact.scores, name), backbone) for name in manifest.scores}
         bind(scores)
         return cls(manifest, backbone, scores, calibration_scores(artifact, precision), artifact.splits)
+
+    def with_forward(self, forward: Run, moves: Mapping[str, float]) -> Self:
+        """The same model with its network in a compiled form.
+
+        Args:
+            forward: that form.
+            moves: by score, how far it may differ from the form that was calibrated; no tolerance becomes smaller.
+        """
+        precision = self.backbone.precision
+        known = self.manifest.score_tolerance[precision]
+        tolerance = {name: max(known.get(name, 0.0), move) for name, move in moves.items()}
+        manifest = self.manifest.model_copy(
+            update={"score_tolerance": self.manifest.score_tolerance | {precision: known | tolerance}}
+        )
+        backbone = self.backbone.with_forward(forward, "compiled")
+        return type(self)(manifest, backbone, self.fitted, self.calibration, self.splits)
 
     @cached_property
     def scores_without_backward(self) -> tuple[str, ...]:
@@ -190,23 +219,41 @@ def calibration_scores(artifact: Artifact, precision: Precision) -> CalibrationS
 
 def _backbone(artifact: Artifact, device: torch.device, precision: Precision) -> Backbone:
     manifest = artifact.manifest
-    taps = {"head": manifest.head, "early": manifest.early}
+    common = {"device": device, "precision": precision, "head": manifest.head, "early": manifest.early}
     if artifact.export is not None:
-        module = load_export(artifact.export, artifacts.EXPORT)
-    elif artifact.weights is not None:
-        module = build(manifest.network)
-        module.load_state_dict(artifact.weights)
-    else:
+        return Backbone(load_export(artifact.export, artifacts.EXPORT), manifest.preprocessing, **common)
+    weights = artifact.weights
+    if weights is None:
         raise ArtifactCorrupt("the artifact holds neither backbone.safetensors nor backbone.pt2")
-    return Backbone(module, manifest.preprocessing, device=device, precision=precision, **taps)
+
+    def network() -> nn.Module:
+        module = build(manifest.network)
+        module.load_state_dict(weights)
+        return module
+
+    backbone = Backbone(network(), manifest.preprocessing, rebuild=network, **common)
+    backbone.release()
+    return backbone
 
 
-def _chosen_precision(manifest: Manifest, device: torch.device, asked: str) -> Precision:
+def fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices in bfloat16: every CUDA device, and CPUs with AVX512_BF16, AMX or Arm's.
+
+    A rule rather than a measurement: replicas on the same hardware must decide alike, whatever their neighbours do
+    while they start.
+    """
+    able = torch.cpu.get_capabilities()
+    return device.type == "cuda" or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _candidates(manifest: Manifest, device: torch.device, asked: str) -> list[Precision]:
+    """Precisions to try, best first; never empty."""
     if asked == "auto":
-        return "bf16" if device.type == "cuda" and "bf16" in manifest.precisions else "fp32"
+        calibrated: list[Precision] = [name for name in ("bf16", "fp32") if name in manifest.precisions]
+        return calibrated if fast_in_bfloat16(device) else calibrated[-1:]
     for precision in manifest.precisions:
         if precision == asked:
-            return precision
+            return [precision]
     raise ArtifactError(f"precision {asked} was never calibrated; this artifact has {', '.join(manifest.precisions)}")
 
 
