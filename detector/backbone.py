@@ -22,6 +22,7 @@ from torch.func import functional_call
 from detector.errors import BackboneError, DataError, NonFiniteFeatures, TapNotFound
 from detector.forward import Forward, Precision as Precision
 from detector.images import Preprocessing
+from detector.staging import Staging
 
 Mode = Literal["eager", "compiled"]
 
@@ -136,6 +137,7 @@ class Backbone:
         self.bias: Tensor = bias.float() if isinstance(bias, Tensor) else self.weight.new_zeros(len(self.weight))
         self.early = early or self._find_early()
         self._layer(self.early)
+        self._staging = Staging(self.input_shape, self.device) if self.device.type == "cuda" else None
         self._one_at_a_time = threading.Lock()  # hooks live on the module: two passes at once would mix their taps
 
     @property
@@ -195,7 +197,8 @@ class Backbone:
             if early:
                 logits, penultimate, tapped = self._with_early(images)
             else:
-                (logits, penultimate), tapped = self.forward(images.to(self.device, non_blocking=True)), None
+                on_device = images if self._staging is None else self._staging.upload(images)
+                (logits, penultimate), tapped = self.forward(on_device), None
         if not bool(torch.isfinite(logits).all()):
             bad = (~torch.isfinite(logits).all(dim=1)).nonzero().flatten().tolist()
             raise NonFiniteFeatures(

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,16 +82,15 @@ def run(job: Job) -> None:
     """
     artifact = artifacts.load(job.model)
     eager = Detector.from_artifact(artifact, torch.device("cpu"), job.precision)
-    partial = job.out.with_name(f"{job.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(mode=0o700)
+    partial = Path(tempfile.mkdtemp(dir=job.out.parent, prefix=f"{job.out.name}.partial-"))
     try:
         for size, path in libraries(partial).items():
             shutil.copyfile(_compiled(eager, size, job.threads), path)
         settled = eager.with_forward(CompiledForward(libraries(partial)), {})
         settled.self_test(artifact.golden)
         (partial / MOVES).write_text(json.dumps(_moves(eager, settled)))
-        partial.replace(job.out)
+        if not job.out.exists():  # else another process was faster
+            partial.replace(job.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -23,6 +24,7 @@ from detector.images import Limits, Pixels, decode, image_ids
 from detector.networks import build, load_export
 from detector.policy import CalibrationScores, Decider, Grouping, Policy, Verdict
 from detector.scores import Score, registry, score_all
+from detector.staging import download
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +68,8 @@ class Detector:
         Args:
             path: a model directory.
             device: cpu, cuda, cuda:N, or auto: cuda where there is one.
-            precision: fp32, bf16, or auto: bf16 where it is calibrated, the device multiplies in it and the golden inputs
-                agree, else fp32.
+            precision: fp32, bf16, or auto: bf16 where it is calibrated, the device multiplies in it and its golden
+                answers are met, else fp32.
 
         Raises:
             ArtifactNotFound, ArtifactCorrupt, SplitOverlap: see `artifact.load`.
@@ -79,16 +81,11 @@ class Detector:
         target = resolve_device(device)
         *preferred, last = _candidates(artifact.manifest, target, precision)
         for candidate in preferred:
-            detector = cls.from_artifact(artifact, target, candidate)
             try:
-                detector.self_test(artifact.golden)
+                return cls._proven(artifact, target, candidate)
             except GoldenMismatch as error:
                 log.warning("%s is left for %s: %s", candidate, last, error, extra={"model": artifact.manifest.name})
-            else:
-                return detector
-        detector = cls.from_artifact(artifact, target, last)
-        detector.self_test(artifact.golden)
-        return detector
+        return cls._proven(artifact, target, last)
 
     @classmethod
     def from_artifact(cls, artifact: Artifact, device: torch.device, precision: Precision) -> Self:
@@ -98,6 +95,13 @@ class Detector:
         scores = {name: registry()[name].from_state(_part(artifact.scores, name), backbone) for name in manifest.scores}
         bind(scores)
         return cls(manifest, backbone, scores, calibration_scores(artifact, precision), artifact.splits)
+
+    @classmethod
+    def _proven(cls, artifact: Artifact, device: torch.device, precision: Precision) -> Self:
+        detector = cls.from_artifact(artifact, device, precision)
+        detector.self_test(artifact.golden)
+        return_freed_memory()
+        return detector
 
     def with_forward(self, forward: Run, moves: Mapping[str, float]) -> Self:
         """The same model with its network in a compiled form.
@@ -155,7 +159,8 @@ class Detector:
     def scores(self, outputs: Outputs, names: Sequence[str] | None = None) -> dict[str, NDArray[np.float64]]:
         """Scores float64 [N] by name, larger = more OOD; all that need no backward pass where none are named."""
         chosen = self.scores_without_backward if names is None else names
-        return {name: values.cpu().numpy() for name, values in score_all(self.fitted, chosen, outputs).items()}
+        computed = score_all(self.fitted, chosen, outputs)
+        return {name: values.numpy() for name, values in zip(computed, download([*computed.values()]), strict=True)}
 
     def verdicts(self, images: Images) -> list[Verdict]:
         """Verdicts, one an image; arguments and errors as for `outputs`."""
@@ -219,21 +224,34 @@ def calibration_scores(artifact: Artifact, precision: Precision) -> CalibrationS
 
 def _backbone(artifact: Artifact, device: torch.device, precision: Precision) -> Backbone:
     manifest = artifact.manifest
-    common = {"device": device, "precision": precision, "head": manifest.head, "early": manifest.early}
-    if artifact.export is not None:
-        return Backbone(load_export(artifact.export, artifacts.EXPORT), manifest.preprocessing, **common)
-    weights = artifact.weights
-    if weights is None:
-        raise ArtifactCorrupt("the artifact holds neither backbone.safetensors nor backbone.pt2")
 
     def network() -> nn.Module:
+        if artifact.export is not None:
+            return load_export(artifact.export, artifacts.EXPORT)
+        if artifact.weights is None:
+            raise ArtifactCorrupt("the artifact holds neither backbone.safetensors nor backbone.pt2")
         module = build(manifest.network)
-        module.load_state_dict(weights)
+        module.load_state_dict(artifact.weights)
         return module
 
-    backbone = Backbone(network(), manifest.preprocessing, rebuild=network, **common)
+    backbone = Backbone(
+        network(),
+        manifest.preprocessing,
+        head=manifest.head,
+        early=manifest.early,
+        device=device,
+        precision=precision,
+        rebuild=network,
+    )
     backbone.release()
     return backbone
+
+
+def return_freed_memory() -> None:
+    """Give the system back what building a model and its first passes have freed; only glibc keeps it otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def fast_in_bfloat16(device: torch.device) -> bool:

@@ -54,11 +54,11 @@ class Forward(nn.Module):
         precision: Precision,
     ) -> None:
         super().__init__()
-        self.head, self.half = head, precision == "bf16"
+        self.head, self.autocast = head, precision == "bf16"
         traced = _without_head(module, head)
         self.folded = traced is not None
         self.network: nn.Module = _Watched(module, head) if traced is None else traced
-        if self.half and traced is not None:
+        if self.autocast and traced is not None:
             _store_as_bfloat16(traced)
         scale = torch.tensor([preprocessing.mean, preprocessing.std], device=weight.device).mul(255).view(2, 3, 1, 1)
         for name, value in (("mean", scale[0]), ("std", scale[1]), ("weight", weight), ("bias", bias)):
@@ -67,7 +67,7 @@ class Forward(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             penultimate = self.network(x)
         if penultimate.ndim != 2:
             shape = tuple(penultimate.shape)

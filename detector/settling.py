@@ -131,7 +131,7 @@ class Settling:
         found = compiler()
         if found is None:
             raise BackboneError("there is no C++ compiler (CXX, g++ or clang++)")
-        with tempfile.TemporaryDirectory(dir=job.out.parent, prefix=".work-") as work:
+        with tempfile.TemporaryDirectory(dir=job.out.parent, prefix=f"{job.out.name}.work-") as work:
             scratch = {"CXX": found, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": work, "TMPDIR": work}
             with self._lock:
                 if self._closed:
