@@ -29,7 +29,7 @@ from detector.errors import BackboneError, OodgateError
 
 log = logging.getLogger(__name__)
 
-LIMIT_S = 1800.0  # a compiling process that takes longer is given up
+LIMIT_S = 7200.0  # on a busy machine the compiling process gets what is left; past this it is given up
 
 
 @dataclass(frozen=True)
