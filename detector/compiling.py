@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the forward of a model ahead of time, in a process of its own: `python -m detector.compiling JOB`.
 
-The process has the lowest priority and one thread, so that a server beside it goes on answering. It leaves a directory
+The process has a low priority and one thread, so that a server beside it goes on answering. It leaves a directory
 of shared libraries, one for each batch size, and what their rounding moves: how far each score differs from the form
 that was calibrated. The directory appears whole or not at all.
 """
@@ -44,6 +44,7 @@ class Job(BaseModel):
         precision: one that it was calibrated in.
         threads: of one forward pass; fixed in the compiled code.
         out: the directory to make.
+        niceness: of the process; 19 yields to everybody else on the machine.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -52,6 +53,7 @@ class Job(BaseModel):
     precision: Precision
     threads: int
     out: Path
+    niceness: int = 19
 
 
 def key(manifest: Manifest, precision: Precision, threads: int) -> str:
@@ -118,9 +120,10 @@ def _moves(eager: Detector, settled: Detector) -> Mapping[str, float]:
 
 
 def main() -> None:
-    os.nice(19)
+    job = Job.model_validate_json(sys.argv[1])
+    os.nice(job.niceness)
     torch.set_num_threads(1)
-    run(Job.model_validate_json(sys.argv[1]))
+    run(job)
 
 
 if __name__ == "__main__":

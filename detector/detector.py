@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -248,10 +249,9 @@ def _backbone(artifact: Artifact, device: torch.device, precision: Precision) ->
 
 
 def return_freed_memory() -> None:
-    """Give the system back what building a model and its first passes have freed; only glibc keeps it otherwise."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    """Give the system back what building a model and its first passes have freed, which glibc would keep."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def fast_in_bfloat16(device: torch.device) -> bool:

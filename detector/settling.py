@@ -50,12 +50,20 @@ class Settling:
         model: its directory.
         directory: where compiled forwards are kept between starts; None compiles nothing, nor does a CUDA device.
         hand_over: told, once and on another thread, of the detector that is to serve from now on.
+        niceness: of the compiling process; 19 takes only what the server leaves.
     """
 
     def __init__(
-        self, detector: Detector, model: Path, directory: Path | None, hand_over: Callable[[Detector], None]
+        self,
+        detector: Detector,
+        model: Path,
+        directory: Path | None,
+        hand_over: Callable[[Detector], None],
+        *,
+        niceness: int = 19,
     ) -> None:
         self._detector, self._model, self._directory, self._hand_over = detector, model, directory, hand_over
+        self._niceness = niceness
         backbone = detector.backbone
         wanted = directory is not None and backbone.device.type == "cpu"
         self._state = ForwardState(str(backbone.device), backbone.precision, backbone.mode, settled=not wanted)
@@ -119,11 +127,18 @@ class Settling:
         threads = torch.get_num_threads()
         out = self._directory / f"{family}{compiling.key(manifest, precision, threads)}"
         if not out.is_dir():
-            self._compile(Job(model=self._model, precision=precision, threads=threads, out=out))
+            self._compile(
+                Job(model=self._model, precision=precision, threads=threads, out=out, niceness=self._niceness)
+            )
         for other in self._directory.glob(f"{family}*"):
             if other != out:
                 shutil.rmtree(other, ignore_errors=True)  # of an earlier version, or another torch
-        detector = self._detector.with_forward(CompiledForward(compiling.libraries(out)), compiling.moves(out))
+        try:
+            forward, moves = CompiledForward(compiling.libraries(out)), compiling.moves(out)
+        except (BackboneError, OSError, ValueError):
+            shutil.rmtree(out)  # damaged: the next start makes it again
+            raise
+        detector = self._detector.with_forward(forward, moves)
         detector.self_test(artifacts.load(self._model).golden)
         return detector
 
