@@ -5,16 +5,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detector import artifact as artifacts
 from detector.artifact import Artifact
-from detector.backbone import Outputs, Precision
-from detector.detector import Detector, Images, chosen_precision, network_of
-from detector.errors import DataError, WeightsMismatch
+from detector.backbone import Outputs
+from detector.detector import Detector, Images, network_of
+from detector.errors import ArtifactError, DataError, WeightsMismatch
 from detector.policy import Verdict
 
 
@@ -42,7 +42,9 @@ class GatedModel(nn.Module):
     Args:
         module: float images [N, 3, H, W] -> logits [N, C], with the weights that the model directory was fitted on.
         path: the model directory.
-        precision: fp32, bf16 (autocast), or auto, as for `Detector.load`.
+
+    It runs in float32, the one precision in which your network and the form that was calibrated (batch norms folded)
+    agree to the tolerance of a score.
 
     Raises:
         WeightsMismatch: the module has other weights or another structure than the calibrated network.
@@ -50,16 +52,15 @@ class GatedModel(nn.Module):
         ArtifactNotFound, ArtifactCorrupt, ArtifactError: see `Detector.load`.
     """
 
-    def __init__(
-        self, module: nn.Module, path: str | Path, *, precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    ) -> None:
+    def __init__(self, module: nn.Module, path: str | Path) -> None:
         super().__init__()
         self._path = Path(path)
         artifact = artifacts.load(self._path)
         _check_weights(module, artifact)
         self.module = module
         self._artifact = replace(artifact, weights=None, export=None)  # the module has them
-        self._precision: Precision = chosen_precision(artifact.manifest, self._device, precision)
+        if "fp32" not in artifact.manifest.precisions:
+            raise ArtifactError(f"{path} was not calibrated in fp32; fit it with that precision too")
         self._detector = self._bind()
         self._detector.self_test(artifact.golden)
         self.eval()
@@ -119,7 +120,15 @@ class GatedModel(nn.Module):
         return next(self.module.parameters()).device
 
     def _bind(self) -> Detector:
-        return Detector.from_artifact(self._artifact, self._device, self._precision, self.module)
+        detector = Detector.from_artifact(self._artifact, self._device, "fp32", self.module)
+        backbone = detector.backbone
+
+        def own(images: Tensor) -> tuple[Tensor, Tensor]:
+            outputs = backbone.outputs_of(backbone.normalised(images))
+            return outputs.logits, outputs.penultimate
+
+        backbone.forward = own  # the network as it is: no folded copy beside it
+        return detector
 
 
 def _run(detector: Detector, x: Tensor) -> Outputs:
