@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from pydantic_core import ErrorDetails
 
 from service import logs
 from service.app import create_app
-from service.settings import Settings
+from service.settings import Settings, unknown_variables
+
+log = logging.getLogger(__name__)
 
 
 @click.command()
@@ -29,6 +33,8 @@ def serve(**flags: Any) -> None:
     except ValidationError as error:
         raise click.UsageError("; ".join(map(_told, error.errors()))) from error
     logs.configure(settings.log_level)
+    if unknown := unknown_variables(os.environ):
+        log.warning("ignored variables that are no settings: %s", ", ".join(unknown))
     config = uvicorn.Config(
         create_app(settings),
         host=settings.host,

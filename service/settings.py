@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, Self
 
@@ -67,3 +69,15 @@ class Settings(BaseSettings):
     def limits(self) -> Limits:
         """What one image may cost."""
         return Limits(max_bytes=self.max_body_bytes, max_pixels=self.max_pixels)
+
+
+def unknown_variables(environment: Iterable[str]) -> list[str]:
+    """The names in an environment that look like settings and are none, each with the setting it may mean."""
+    prefix = str(Settings.model_config["env_prefix"])
+    known = [f"{prefix}{name}".upper() for name in Settings.model_fields]
+    unknown = sorted(name for name in environment if name.upper().startswith(prefix) and name.upper() not in known)
+    return [_with_suggestion(name, get_close_matches(name.upper(), known, n=1)) for name in unknown]
+
+
+def _with_suggestion(name: str, close: list[str]) -> str:
+    return f"{name} (did you mean {close[0]}?)" if close else name
