@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from detector.artifact import read_manifest
 from detector.cli import main
@@ -96,6 +96,20 @@ def test_an_export_is_fitted_and_kept_as_it_came(material: Path) -> None:
     assert result.exit_code == 0, result.output
     assert (out / "backbone.pt2").read_bytes() == archive
     assert "classes      4: 0, 1, 2, 3" in result.output
+
+
+def test_the_parameters_that_lowdim_looks_at_are_chosen_by_name(material: Path) -> None:
+    out = material / "models" / "lowdim" / "1"
+    result = oodgate(
+        "fit", material / "train", "--calibration", material / "held_out.npz",
+        "--backbone", "cifar_resnet18", "--weights", material / "weights.safetensors",
+        "--classes", material / "classes.txt", "--bank-size", 40, "--also", "lowdim_average",
+        "--lowdim-parameters", "fc.bias", "--lowdim-parameters", "bn1", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    names = [name for name, _ in toy_network().module.named_parameters()]
+    chosen = load_file(out / "scores.safetensors")["lowdim_average.parameters"].tolist()
+    assert sorted(names[index] for index in chosen) == ["bn1.bias", "bn1.weight", "fc.bias"]
 
 
 def test_score_prints_a_table(fitted: Path, material: Path) -> None:
