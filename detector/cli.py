@@ -209,6 +209,7 @@ def fit(
             device=_device(device),
             source=str(calibration),
             report=report,
+            resumed=lambda done: click.echo(f"resuming at {done:,} of {len(training):,} images", err=True),
         )
     click.echo(card(manifest))
 
