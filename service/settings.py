@@ -74,10 +74,12 @@ class Settings(BaseSettings):
 def unknown_variables(environment: Iterable[str]) -> list[str]:
     """The names in an environment that look like settings and are none, each with the setting it may mean."""
     prefix = str(Settings.model_config["env_prefix"])
-    known = [f"{prefix}{name}".upper() for name in Settings.model_fields]
-    unknown = sorted(name for name in environment if name.upper().startswith(prefix) and name.upper() not in known)
-    return [_with_suggestion(name, get_close_matches(name.upper(), known, n=1)) for name in unknown]
+    known = [name.upper() for name in Settings.model_fields]
+    named = {name: name.upper().removeprefix(prefix) for name in environment if name.upper().startswith(prefix)}
+    return [_with_suggestion(name, known) for name in sorted(named) if named[name] not in known]
 
 
-def _with_suggestion(name: str, close: list[str]) -> str:
-    return f"{name} (did you mean {close[0]}?)" if close else name
+def _with_suggestion(name: str, known: list[str]) -> str:
+    prefix = str(Settings.model_config["env_prefix"])
+    close = get_close_matches(name.upper().removeprefix(prefix), known, n=1)
+    return f"{name} (did you mean {prefix}{close[0]}?)" if close else name
