@@ -202,8 +202,9 @@ class Grood(GroodFamily):
 
     def _attach(self, backbone: Backbone) -> None:
         super()._attach(backbone)
-        norms = torch.linalg.vector_norm(self.bank, dim=1, dtype=torch.float64)
-        norms = norms.clamp_min(torch.finfo(self.bank.dtype).tiny)  # a row of zeros has no direction
+        tiny = torch.finfo(self.bank.dtype).tiny  # a row of zeros has no direction
+        largest = self.bank.abs().amax(dim=1, keepdim=True).clamp_min(tiny)  # whose squares may underflow
+        norms = (largest[:, 0] * torch.linalg.vector_norm(self.bank / largest, dim=1)).clamp_min(tiny).double()
         self._bank_directions = self.bank.div(norms.to(self.bank.dtype)[:, None]).float()
         self._bank_log_pi = norms.log()
         self._longest = self._bank_log_pi.max()
