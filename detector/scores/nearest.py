@@ -73,7 +73,7 @@ def smallest(keys: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
     if len(keys) <= wanted * GROUP:
         return torch.topk(keys, wanted, dim=0, largest=False)
     grouped, first = _groups(keys)
-    near = grouped.amin(dim=0).topk(wanted, dim=0, largest=False).indices
+    near = grouped.amin(dim=0).topk(wanted, dim=0, largest=False, sorted=False).indices
     candidates = (first[:, None, None] + near).flatten(0, 1)
     values, places = grouped.flatten(0, 1).gather(0, candidates).topk(wanted, dim=0, largest=False)
     return values, candidates.gather(0, places)
