@@ -11,9 +11,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from detector.images import Preprocessing
 from detector.staging import Staging
 
 Mode = Literal["eager", "compiled"]
+T = TypeVar("T")
 
 # The first that exists: ResNets, then MobileNets, ConvNeXt and Swin of torchvision, ViT, then the names of timm.
 EARLY_CANDIDATES = (
@@ -42,6 +43,7 @@ class Outputs:
         early: float32 [N, ...], the output of the early layer, where it was asked for.
         ids: int64 [N], the identity of each image, where it is known.
         inputs: uint8 [N, H, W, 3], the images, where they were asked for.
+        derived: what scores have made of the outputs, where they share it; see `sharing`.
     """
 
     logits: Tensor
@@ -49,6 +51,7 @@ class Outputs:
     early: Tensor | None = None
     ids: Tensor | None = None
     inputs: Tensor | None = None
+    derived: dict[str, object] | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -64,6 +67,18 @@ class Outputs:
 
     def with_ids(self, ids: Tensor) -> Outputs:
         return replace(self, ids=ids)
+
+    def sharing(self) -> Outputs:
+        """The same outputs, which keep what `once` computes for as long as they live."""
+        return replace(self, derived={})
+
+    def once(self, key: str, compute: Callable[[], T]) -> T:
+        """`compute()`, a single time for each key where the outputs are `sharing`."""
+        if self.derived is None:
+            return compute()
+        if key not in self.derived:
+            self.derived[key] = compute()
+        return cast(T, self.derived[key])
 
 
 def concatenate(parts: Sequence[Outputs]) -> Outputs:

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from detector import __version__
 from detector.errors import OodgateError
-from service import problems
+from service import logs, problems
 from service.audit import Audit, NoAudit
 from service.context import Context, Lifecycle
 from service.engine import Answer, Engine, ServedModel
@@ -52,6 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
             registry.load_all()
         except OodgateError as error:
             log.error("cannot serve: %s", error, extra={"code": error.code})
+            logs.told_once()
             raise
         engine = Engine(
             max_batch=settings.max_batch,

@@ -25,3 +25,8 @@ def configure(level: str) -> None:
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
+
+
+def told_once() -> None:
+    """Keep uvicorn from repeating, with a traceback, an error at start that was told in one line."""
+    logging.getLogger("uvicorn.error").addFilter(lambda record: record.levelno < logging.ERROR)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, Self
 
@@ -111,3 +113,17 @@ class Settings(BaseSettings):
     def limits(self) -> Limits:
         """What one image may cost."""
         return Limits(max_bytes=self.max_body_bytes, max_pixels=self.max_pixels)
+
+
+def unknown_variables(environment: Iterable[str]) -> list[str]:
+    """The names in an environment that look like settings and are none, each with the setting it may mean."""
+    prefix = str(Settings.model_config["env_prefix"])
+    known = [name.upper() for name in Settings.model_fields]
+    named = {name: name.upper().removeprefix(prefix) for name in environment if name.upper().startswith(prefix)}
+    return [_with_suggestion(name, known) for name in sorted(named) if named[name] not in known]
+
+
+def _with_suggestion(name: str, known: list[str]) -> str:
+    prefix = str(Settings.model_config["env_prefix"])
+    close = get_close_matches(name.upper().removeprefix(prefix), known, n=1)
+    return f"{name} (did you mean {prefix}{close[0]}?)" if close else name

@@ -15,6 +15,7 @@ from detector import Detector, GatedModel, artifact as artifacts
 from detector.cifar_resnet import CifarResNet18
 from detector.detector import network_of
 from detector.errors import ArtifactError, DataError, GoldenMismatch, WeightsMismatch
+from detector.policy import Verdict
 from tests.helpers import EMBEDDED, TOY_SPEC, encoded, toy_images
 
 IMAGES = np.concatenate(
