@@ -69,6 +69,7 @@ def create_app(settings: Settings) -> FastAPI:
             chores = [asyncio.create_task(chore) for chore in _chores(settings, metrics, registry)]
             if tokens.open and not is_loopback(settings.host):
                 log.warning("open to everybody who reaches it: no tokens are set", extra={"host": settings.host})
+            registry.settle()
             log.info("ready", extra={"models": registry.names, "seconds": round(time.monotonic() - started, 3)})
             yield
             log.info("stopping", extra={"admitted": engine.depth})

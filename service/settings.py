@@ -55,6 +55,9 @@ class Settings(BaseSettings):
     )
     device: str = Field(default="auto", description="cpu, cuda, cuda:N or auto.")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="A calibrated precision, or auto.")
+    compile: Literal["auto", "off"] = Field(
+        default="auto", description="auto: make a compiled forward beside the server where there is a C++ compiler."
+    )
     shadow_scores: tuple[str, ...] | None = Field(
         default=None, description="JSON list of scores beside the deciding one."
     )

@@ -50,9 +50,9 @@ async def get_policy(name: str, context: Ctx) -> Policy:
 async def put_policy(name: str, policy: Policy, request: Request, context: Ctx, admin: Admin) -> ModelCard:
     """Recomputed from the stored calibration scores, without a refit; it outlives a restart. 422 where the
     calibration cannot keep what the policy promises."""
-    model = await context.registry.set_policy(name, policy, admin)
+    await context.registry.set_policy(name, policy, admin)
     _audit(context, request, "policy", model=name, policy=policy.model_dump())
-    return model_card(model, context.registry.failure(name))
+    return model_card(context.registry, name)
 
 
 @router.post("/v2/repository/index", operation_id="oip_repository_index", summary="Models on disk and their states")
@@ -78,7 +78,7 @@ async def load(
     takes over in one step; where it fails, the version before it still serves and the card says why."""
     model = await context.registry.load(name, body.parameters.version if body else None)
     _audit(context, request, "load", model=name, version=model.detector.manifest.version)
-    return model_card(model)
+    return model_card(context.registry, name)
 
 
 @router.post("/v2/repository/models/{name}/unload", operation_id="oip_unload",
