@@ -163,6 +163,12 @@ def test_a_burst_leaves_as_many_singles_after_it_as_before(tmp_path: Path) -> No
     assert [len(found["before_ms"]), len(found["after_ms"])] == [5, 5]
 
 
+def test_a_window_lasts_until_every_connection_has_been_answered_a_few_times() -> None:
+    assert load.long_enough(8, concurrency=32, images_per_s=1000) == 8
+    assert load.long_enough(8, concurrency=128, images_per_s=16) == 24
+    assert load.long_enough(8, concurrency=512, images_per_s=0) == load.LONGEST_S
+
+
 def test_a_server_is_started_measured_and_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [tmp_path / f"{index}" for index in range(3)]
     for path, pixels in zip(images, toy_images(3, seed=0)[0], strict=True):

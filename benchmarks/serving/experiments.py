@@ -56,10 +56,10 @@ def neighbour(workload: Workload, server: str, precision: str, seconds: float) -
 def growth(workload: Workload, server: str, precision: str, seconds: float) -> dict[str, Any]:
     """Throughput, memory and latency from 32 to 512 concurrent requests on one server."""
     with running(SERVERS[server], workload, precision) as live:
-        load.closed(live, SATURATED, WARM_S)
+        rate = load.closed(live, SATURATED, WARM_S)["images_per_s"]
         levels = {}
         for level in GROWTH:
-            found = load.closed(live, level, seconds)
+            found = load.closed(live, level, load.long_enough(seconds, level, rate))
             levels[str(level)] = found | {"resident_mb": resident_mb(live.process)}
     return {"levels": levels}
 

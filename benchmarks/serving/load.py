@@ -16,6 +16,7 @@ from benchmarks.serving.usage import cpu_seconds, settle
 from benchmarks.serving.workloads import ROOT
 
 SCRIPT = Path(__file__).with_name("post.lua")
+ROUNDS, LONGEST_S = 3, 60.0
 TIMEOUT_S = 120  # of one request; a queue of 512 slow images drains well within it
 
 
@@ -48,6 +49,11 @@ def closed(running: Running, concurrency: int, seconds: float) -> dict[str, floa
         "failed": result["refused"] + result["broken"],
         "cores": used / wall,
     }
+
+
+def long_enough(seconds: float, concurrency: int, images_per_s: float) -> float:
+    """Seconds in which each connection is answered a few times; else the slowest answers would not be seen."""
+    return min(LONGEST_S, max(seconds, ROUNDS * concurrency / max(images_per_s, 1)))
 
 
 def open_loop(running: Running, rate: float, seconds: float, seed: int) -> dict[str, float]:

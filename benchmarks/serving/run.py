@@ -47,9 +47,11 @@ def measure(
     with running(SERVERS[server], workload, precision) as live:
         forward = live.forward
         agreement = _agreement(live, expected)
-        load.closed(live, SATURATED, WARM_S)
+        rate = load.closed(live, SATURATED, WARM_S)["images_per_s"]
         before = bare(forward["precision"], forward["mode"], plan.seconds / 2)
-        closed = {str(level): load.closed(live, level, plan.seconds) for level in plan.levels}
+        closed = {
+            str(level): load.closed(live, level, load.long_enough(plan.seconds, level, rate)) for level in plan.levels
+        }
         after = bare(forward["precision"], forward["mode"], plan.seconds / 2)
         capacity = closed[str(SATURATED)]["images_per_s"] if str(SATURATED) in closed else 0.0
         opened = {
