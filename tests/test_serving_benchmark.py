@@ -15,7 +15,7 @@ import pytest
 import uvloop
 
 from benchmarks.serving import environments, load, plots, servers, table, usage
-from benchmarks.serving.client import Client, burst, finished, open_loop
+from benchmarks.serving.client import Client, burst, count, finished, open_loop
 from benchmarks.serving.goals import Goal, Measured, goals
 from benchmarks.serving.prediction_only import PredictionOnly
 from benchmarks.serving.results import PEER_PACKAGES, efficiency
@@ -72,6 +72,7 @@ def test_a_ratio_to_the_best_peer_pairs_repeats_and_takes_the_best_of_each() -> 
     def ran(server: str, repeat: int, rate: float) -> dict[str, Any]:
         closed = {"32": {"images_per_s": rate, "images_per_cpu_s": rate, "p99_ms": 1.0, "p50_ms": 1.0}}
         found = run() | {"server": server, "repeat": repeat, "closed": {"1": closed["32"], **closed}}
+        found |= {"counted": {"images_per_s": rate, "images_per_cpu_s": rate, "failed": 0}}
         return found | {"open": {"90%": {"p99_ms": rate}}, "limit": {"images_per_cpu_s": 10.0}}
 
     rates = {("oodgate", 0): 6, ("oodgate", 1): 8, ("mosec", 0): 3, ("mosec", 1): 1, ("ray", 0): 1, ("ray", 1): 4}
@@ -146,6 +147,21 @@ def test_open_loop_latency_counts_from_the_intended_instant(tmp_path: Path) -> N
     found = uvloop.run(measured())
     assert (found["sent"], found["failed"]) == (len(instants), 0)
     assert found["max_ms"] >= 1e3 * (instants[-1] - instants[0])  # the first waited for the last to come
+
+
+def test_a_count_ends_when_all_are_answered(tmp_path: Path) -> None:
+    body = tmp_path / "body"
+    body.write_bytes(b"x")
+
+    async def measured() -> dict[str, float]:
+        async with answering(b"x") as url:
+            client = Client(url, "image/png", [body])
+            found = await count(client, connections=4, requests=10)
+            client.close()
+            return found
+
+    found = uvloop.run(measured())
+    assert (found["answered"], found["failed"]) == (10, 0)
 
 
 def test_a_burst_leaves_as_many_singles_after_it_as_before(tmp_path: Path) -> None:

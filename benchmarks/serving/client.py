@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small HTTP client on uvloop that is not the bottleneck: open-loop arrivals, and bursts.
+"""A small HTTP client on uvloop that is not the bottleneck: open-loop arrivals, counted
+requests, and bursts.
 
     python -m benchmarks.serving.client --url URL --content-type TYPE --bodies LIST open --rate R --seconds S --seed N
 
@@ -145,6 +146,21 @@ async def open_loop(client: Client, rate: float, seconds: float, seed: int) -> d
     return {"rate": rate, "sent": len(tasks), "failed": len(tasks) - len(latencies)} | summary
 
 
+async def count(client: Client, connections: int, requests: int) -> dict[str, float]:
+    """A closed loop that ends when so many requests have been answered, with no work left on the server."""
+    left, answered, started = requests, 0, time.perf_counter()
+
+    async def one_after_another() -> None:
+        nonlocal left, answered
+        while left > 0:
+            left -= 1
+            latency = await client.ask(time.perf_counter())
+            answered += latency is not None
+
+    await asyncio.gather(*(one_after_another() for _ in range(connections)))
+    return {"answered": answered, "failed": requests - answered, "seconds": time.perf_counter() - started}
+
+
 async def burst(client: Client, connections: int, requests: int, singles: int) -> dict[str, list[float]]:
     """Singles one after another, then a burst of so many requests on each connection, then singles again."""
 
@@ -177,6 +193,9 @@ def main() -> None:
     arrivals.add_argument("--rate", type=float, required=True)
     arrivals.add_argument("--seconds", type=float, required=True)
     arrivals.add_argument("--seed", type=int, default=0)
+    counts = kinds.add_parser("count")
+    for name in ("connections", "requests"):
+        counts.add_argument(f"--{name}", type=int, required=True)
     bursts = kinds.add_parser("burst")
     for name in ("connections", "requests", "singles"):
         bursts.add_argument(f"--{name}", type=int, required=True)
@@ -187,6 +206,8 @@ def main() -> None:
         client = Client(args.url, args.content_type, bodies)
         if args.kind == "open":
             return await open_loop(client, args.rate, args.seconds, args.seed)
+        if args.kind == "count":
+            return await count(client, args.connections, args.requests)
         return await burst(client, args.connections, args.requests, args.singles)
 
     print(json.dumps(uvloop.run(run())))

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from benchmarks.serving import load, networks, results
-from benchmarks.serving.run import PRECISIONS, SATURATED, WARM_S
+from benchmarks.serving.run import LEAST_COUNTED, PRECISIONS, SATURATED, WARM_S
 from benchmarks.serving.servers import SERVERS, running
 from benchmarks.serving.usage import resident_mb
 from benchmarks.serving.workloads import WORKLOADS, Workload
@@ -66,11 +66,11 @@ def growth(workload: Workload, server: str, precision: str, seconds: float) -> d
 
 def verdict(workload: Workload, server: str, precision: str, seconds: float) -> dict[str, Any]:
     """Throughput and images per CPU-second with the verdict and without it, one right after the other."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, each in (("verdict", "oodgate"), ("prediction_only", "oodgate-prediction-only")):
         with running(SERVERS[each], workload, precision) as live:
-            load.closed(live, SATURATED, WARM_S)
-            found[name] = load.closed(live, SATURATED, seconds)
+            rate = load.closed(live, SATURATED, WARM_S)["images_per_s"]
+            found[name] = load.counted(live, SATURATED, max(LEAST_COUNTED, round(rate * seconds)))
     return found | {
         "ratio": found["verdict"]["images_per_s"] / found["prediction_only"]["images_per_s"],
         "ratio_per_cpu_s": found["verdict"]["images_per_cpu_s"] / found["prediction_only"]["images_per_cpu_s"],

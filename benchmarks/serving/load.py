@@ -56,6 +56,25 @@ def long_enough(seconds: float, concurrency: int, images_per_s: float) -> float:
     return min(LONGEST_S, max(seconds, ROUNDS * concurrency / max(images_per_s, 1)))
 
 
+def counted(running: Running, concurrency: int, requests: int) -> dict[str, float]:
+    """So many requests with so many under way; all that the server did for them is done when the clocks are read.
+
+    wrk ends with a batch half computed, whose CPU time would count and whose images would not.
+
+    Returns:
+        images_per_s, images_per_cpu_s, failed.
+    """
+    settle(running.process)
+    before = cpu_seconds(running.process)
+    found = _client(running, "count", "--connections", str(concurrency), "--requests", str(requests))
+    used = cpu_seconds(running.process) - before
+    return {
+        "images_per_s": found["answered"] / found["seconds"],
+        "images_per_cpu_s": found["answered"] / used,
+        "failed": found["failed"],
+    }
+
+
 def open_loop(running: Running, rate: float, seconds: float, seed: int) -> dict[str, float]:
     """Poisson arrivals at a fixed rate; latency counts from the instant a request should have been sent.
 

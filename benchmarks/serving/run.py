@@ -24,7 +24,7 @@ from benchmarks.serving.usage import cpu_seconds, resident_mb
 from benchmarks.serving.workloads import WORKLOADS, Workload
 
 LEVELS, SATURATED, LOADS = (1, 8, 32, 128), 32, (0.5, 0.9)
-WARM_S = 2.0
+WARM_S, LEAST_COUNTED = 2.0, 4 * SATURATED
 PRECISIONS = ("fp32", "bf16", "auto")  # auto is oodgate as it sets itself up; a peer has no such thing
 FAILURES = (RuntimeError, OSError, http.client.HTTPException, subprocess.SubprocessError)
 SAME_LABELS = {"fp32": 1.0, "bf16": 0.9}  # rounding may move an image that lies between two classes
@@ -52,6 +52,7 @@ def measure(
         closed = {
             str(level): load.closed(live, level, load.long_enough(plan.seconds, level, rate)) for level in plan.levels
         }
+        counted = load.counted(live, SATURATED, max(LEAST_COUNTED, round(rate * plan.seconds)))
         after = bare(forward["precision"], forward["mode"], plan.seconds / 2)
         capacity = closed[str(SATURATED)]["images_per_s"] if str(SATURATED) in closed else 0.0
         opened = {
@@ -70,6 +71,7 @@ def measure(
             "cpu_s": cpu_seconds(live.process),
             "agreement": agreement,
             "limit": {name: (before[name] + after[name]) / 2 for name in before},
+            "counted": counted,
             "closed": closed,
             "open": opened,
         }
