@@ -22,7 +22,7 @@ import psutil
 
 from benchmarks.serving import load, networks, results
 from benchmarks.serving.run import LEAST_COUNTED, PRECISIONS, SATURATED, WARM_S
-from benchmarks.serving.servers import SERVERS, running
+from benchmarks.serving.servers import SERVERS, running, stop_cleanly
 from benchmarks.serving.usage import resident_mb
 from benchmarks.serving.workloads import WORKLOADS, Workload
 
@@ -112,6 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     workload = WORKLOADS[args.workload]
     networks.ensure(workload)
+    stop_cleanly()
     for kind in args.kind:
         for server in args.server:
             found = [KINDS[kind](workload, server, args.precision, args.seconds) for _ in range(args.repeats)]

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.serving import load, networks, results
 from benchmarks.serving.limit import Measure, limit
-from benchmarks.serving.servers import PEERS, SERVERS, Running, running
+from benchmarks.serving.servers import PEERS, SERVERS, Running, running, stop_cleanly
 from benchmarks.serving.usage import cpu_seconds, resident_mb
 from benchmarks.serving.workloads import WORKLOADS, Workload
 
@@ -104,6 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     workload = WORKLOADS[args.workload]
     networks.ensure(workload)
+    stop_cleanly()
     plan = Plan(args.seconds, args.concurrency, args.open_loop)
     pairs = [
         (server, precision)

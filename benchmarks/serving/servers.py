@@ -6,6 +6,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -156,6 +157,11 @@ def ask(
         return answer.status, answer.read()
     finally:
         connection.close()
+
+
+def stop_cleanly() -> None:
+    """Let a benchmark that is terminated stop the server that it runs."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 @contextmanager

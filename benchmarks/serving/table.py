@@ -65,8 +65,8 @@ def _context(result: dict[str, Any]) -> str:
         "oodgate predicts, scores, decides and counts.\n\n"
         "*Efficiency*: images per CPU-second of all the server's processes over a fixed number of requests, 32 under "
         "way, ÷ images per CPU-second of decode + bare forward at batch 16 in one process, measured beside it. "
-        "Figures: *median (minimum to maximum)* over the repeats. Open loop: Poisson arrivals at a share of the server's "
-        "own throughput at concurrency 32; latency counts from the instant a request should have been sent."
+        "Figures: *median (minimum to maximum)* over the repeats. Open loop: Poisson arrivals at a share of the "
+        "server's own throughput at concurrency 32; latency counts from the instant a request should have been sent."
     )
 
 
