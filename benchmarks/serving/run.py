@@ -121,9 +121,7 @@ def main() -> None:
                 try:
                     runs.append(measure(workload, server, precision, plan, repeat, bare, expected))
                 except FAILURES as error:  # of one server: the others are still measured
-                    failures.append(
-                        {"server": server, "asked": precision, "repeat": repeat, "error": str(error)[-500:]}
-                    )
+                    failures.append({"server": server, "asked": precision, "repeat": repeat, "error": str(error)})
                     print(f"{server} {precision} FAILED: {error}", flush=True)
                 else:
                     print(results.line(runs[-1]), flush=True)
