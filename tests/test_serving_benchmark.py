@@ -15,7 +15,7 @@ import pytest
 import uvloop
 
 from benchmarks.serving import environments, load, plots, servers, table, usage
-from benchmarks.serving.client import Client, burst, count, finished, open_loop
+from benchmarks.serving.client import Client, burst, count, finished, open_loop, percentiles
 from benchmarks.serving.goals import Goal, Measured, goals
 from benchmarks.serving.prediction_only import PredictionOnly
 from benchmarks.serving.results import PEER_PACKAGES, efficiency
@@ -147,6 +147,11 @@ def test_open_loop_latency_counts_from_the_intended_instant(tmp_path: Path) -> N
     found = uvloop.run(measured())
     assert (found["sent"], found["failed"]) == (len(instants), 0)
     assert found["max_ms"] >= 1e3 * (instants[-1] - instants[0])  # the first waited for the last to come
+
+
+def test_a_request_that_failed_took_for_ever() -> None:
+    found = percentiles([0.001] * 98 + [float("inf")] * 2)
+    assert (found["p90_ms"], found["p99_ms"]) == (1, float("inf"))
 
 
 def test_a_count_ends_when_all_are_answered(tmp_path: Path) -> None:
