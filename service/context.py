@@ -41,7 +41,7 @@ class Context:
     audit: Audit | NoAudit
 
 
-def _context(request: Request) -> Context:
+async def _context(request: Request) -> Context:  # a plain function would be sent through a thread
     context: Context = request.app.state.context
     return context
 
