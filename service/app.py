@@ -71,7 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
             if tokens.open and not is_loopback(settings.host):
                 log.warning("open to everybody who reaches it: no tokens are set", extra={"host": settings.host})
             registry.settle()
-            # What lives as long as the server need not be looked through, for 0.2 s at a time, at every full collection.
+            # What lives as long as the server need not be looked through at every full collection, 0.2 s each.
             gc.collect()
             gc.freeze()
             log.info("ready", extra={"models": registry.names, "seconds": round(time.monotonic() - started, 3)})
