@@ -75,19 +75,34 @@ class Capital:
         self._reserve = _reserve(-(-self.images // ROUND))
         self._total = float(self._bets @ self._ones) + self._reserve
 
-    def play(self, factors: NDArray[np.float64]) -> None:
-        """Multiply by the factors float64 [images, bets] of each image in turn."""
-        for row in factors:
+    @property
+    def alarm(self) -> bool:
+        """Whether the capital has reached 1 / a."""
+        return self._total >= self.limit
+
+    def play(self, factors: NDArray[np.float64], *, to_turn: bool = False) -> int:
+        """Multiply by the factors float64 [images, bets] of each image in turn.
+
+        Args:
+            to_turn: stop after the image with which the alarm comes or goes.
+
+        Returns:
+            images played.
+        """
+        for place, row in enumerate(factors, 1):
             if self.images % ROUND == 0:
                 self._deal()
             self.images += 1
             self._bets *= row
-            before, self._total = self._total, float(self._bets @ self._ones) + self._reserve
-            if self._total >= self.limit:
-                self._alarms += before < self.limit
-                if self._total > self.limit**2:
-                    self._bets *= (self.limit**2 - self._reserve) / (self._total - self._reserve)
-                    self._total = float(self._bets @ self._ones) + self._reserve
+            before = self.alarm
+            self._total = float(self._bets @ self._ones) + self._reserve
+            if self._total > self.limit**2:
+                self._bets *= (self.limit**2 - self._reserve) / (self._total - self._reserve)
+                self._total = float(self._bets @ self._ones) + self._reserve
+            self._alarms += self.alarm > before
+            if to_turn and self.alarm != before:
+                return place
+        return len(factors)
 
     def _deal(self) -> None:
         left = _reserve(self.images // ROUND + 1)
@@ -95,10 +110,8 @@ class Capital:
         self._reserve = left
 
     def status(self, false_alarm_probability: float) -> EvidenceStatus:
-        alarm = self._total >= self.limit
-        return EvidenceStatus(
-            log10(self._total), log10(self.limit), alarm, self._alarms, self.images, false_alarm_probability
-        )
+        evidence, limit = log10(self._total), log10(self.limit)
+        return EvidenceStatus(evidence, limit, self.alarm, self._alarms, self.images, false_alarm_probability)
 
 
 def _reserve(rounds: int) -> float:

@@ -55,6 +55,9 @@ class Exchangeability:
     random, once for each score. p-values against the calibration alone would not do either: they share its error, and
     a martingale on them wins by learning it.
 
+    While the alarm stands no score joins the ranking, so that the alarm lasts as long as the stream differs from what
+    came before it, instead of until the difference is learnt. The promise speaks of the first alarm since a reset.
+
     Args:
         reference: the calibration.
         edges: calibration scores kept.
@@ -83,27 +86,44 @@ class Exchangeability:
         grown = np.array(state.weights, dtype=np.int64)
         if grown.shape != self._fresh.shape or np.any(grown < self._fresh):
             raise ValueError("the weights are not those of this calibration")
-        if grown.sum() - self._fresh.sum() != state.capital.images:
-            raise ValueError("the weights do not add up to the images seen")
+        if grown.sum() - self._fresh.sum() > state.capital.images:
+            raise ValueError("the weights count more images than were seen")
         self._weights = grown
         self._capital.restore(state.capital)
 
     def update(self, scores: Scores) -> None:
-        for start in range(0, len(scores), CHUNK):
-            self._capital.play(factors(self.p_values(scores[start : start + CHUNK])))
+        while len(scores):
+            scores = scores[self._advance(scores[:CHUNK]) :]
 
-    def p_values(self, scores: Scores) -> NDArray[np.float64]:
-        """Online smoothed p-values float64 [m] of at most CHUNK further scores, which join the ranking."""
+    def _advance(self, scores: Scores) -> int:
+        drawn, learning = self._uniforms.images, not self._capital.alarm
+        p_values, gaps = self.rank(scores, learning)
+        played = self._capital.play(factors(p_values), to_turn=True)
+        if played < len(scores):
+            self._uniforms.seek(drawn + played)
+        if learning:
+            self.learn(gaps[:played])
+        return played
+
+    def rank(self, scores: Scores, learning: bool = True) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Smoothed p-values float64 [m] of a few further scores, and the gaps int64 [m] that they fall into.
+
+        Args:
+            scores: float64 [m]
+            learning: each is also ranked among those before it in `scores`.
+        """
         chance = self._uniforms.take(len(scores))
         gap = self._gaps(np.where(np.isnan(scores), np.inf, scores), chance[:, 1])
         above = np.cumsum(self._weights[::-1])[::-1] - self._weights
-        earlier = np.tri(len(scores), k=-1, dtype=bool)
-        total = int(above[0] + self._weights[0]) + np.arange(len(scores))
+        earlier = np.tri(len(scores), k=-1, dtype=bool) & learning
+        total = int(self._weights.sum()) + np.count_nonzero(earlier, axis=1)
         higher = above[gap] + np.count_nonzero(earlier & (gap > gap[:, None]), axis=1)
         own = self._weights[gap] + np.count_nonzero(earlier & (gap == gap[:, None]), axis=1)
-        np.add.at(self._weights, gap, 1)
-        values: NDArray[np.float64] = (higher + chance[:, 0] * own) / total
-        return values
+        return (higher + chance[:, 0] * own) / total, gap
+
+    def learn(self, gaps: NDArray[np.int64]) -> None:
+        """Let ranked scores join what later ones are ranked among."""
+        np.add.at(self._weights, gaps, 1)
 
     def _gaps(self, scores: Scores, ties: NDArray[np.float64]) -> NDArray[np.int64]:
         """int64 [m]: how many edges lie below each score, ties decided by its random number."""
