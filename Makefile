@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # OpenMP threads that spin while waiting collapse beside a busy neighbour.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: serve test check bench fmt model clean
+.PHONY: serve test check bench bench-drift fmt model clean
 
 serve: $(VENV)/.serve
 	$(BIN)/oodgate serve
@@ -25,6 +25,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.score_cost
 	$(BIN)/python -m benchmarks.start_up
 	$(BIN)/python -m benchmarks.readme
+
+bench-drift: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.drift.simulate
+	$(BIN)/python -m benchmarks.drift.replay
+	$(BIN)/python -m benchmarks.drift.table
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from numpy.random import Generator
 
 from benchmarks.drift.watch import OPTIONS, OURS, RIVALS, alarms_on, delays_on, reference, summary
 from detector.calibration import Scores, clopper_pearson
+from service.drift import Drift
 
 RESULT = Path("benchmarks/drift/results/simulation.json")
 OOD_MEAN = 1.645
-PURE = ((1_000, 250, 20_000), (5_000, 60, 100_000))  # calibration scores, runs, images a run
-CHANGES = ((2_000, 100), (50_000, 20))  # in-distribution images before the change, runs
+PURE = ((1_000, 100, 20_000), (5_000, 100, 20_000))  # calibration scores, runs, images a run
+CHANGES = ((2_000, 50), (50_000, 10))  # in-distribution images before the change, runs
 SHARES = (0.05, 0.2)
 HORIZON, CALIBRATION = 20_000, 5_000  # images after the change, calibration scores
 
@@ -36,6 +38,7 @@ def main() -> None:
         "numpy": np.__version__,
         "ood_mean": OOD_MEAN,
         "promise": promise(),
+        "limits": limits(),
         "false_alarms": pure,
         "delays": found,
         "cpu_seconds": round(time.process_time() - started),
@@ -55,6 +58,11 @@ def promise() -> dict[str, float]:
         "deferral_rate": OPTIONS.deferral_probability + OPTIONS.deferral_delta,
         "fixed_martingale": OPTIONS.exchangeability_probability,
     }
+
+
+def limits() -> dict[str, Any]:
+    """The limits of a calibration of CALIBRATION scores, before any image."""
+    return asdict(Drift(reference(np.arange(float(CALIBRATION))), OPTIONS).snapshot())
 
 
 def false_alarms(n: int, runs: int, images: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from detector.calibration import Scores
 from service.drift import OTHER, TESTS, Drift, DriftOptions, Reference, TestName, Thin, TopK
@@ -55,6 +55,16 @@ def test_the_exchangeability_test_also_finds_scores_that_became_too_ordinary() -
     assert drift.snapshot().alarms["exchangeability"]
 
 
+def test_the_exchangeability_alarm_stands_as_long_as_the_stream_differs() -> None:
+    drift = Drift(REFERENCE, OPTIONS)
+    feed(drift, known(2_000, 0))
+    standing = []
+    for part in np.split(strange(20_000, 0.2, 0), 20):
+        feed(drift, part)
+        standing.append(drift.snapshot().alarms["exchangeability"])
+    assert all(standing[1:])
+
+
 @pytest.mark.parametrize("test", TESTS)
 def test_a_reset_of_one_test_leaves_the_others(test: TestName) -> None:
     drift = Drift(REFERENCE, OPTIONS)
@@ -96,14 +106,18 @@ def test_a_state_restored_in_mid_stream_goes_on_as_if_nothing_had_happened() -> 
     assert second.snapshot() == whole.snapshot()
 
 
-@given(cuts=st.lists(st.integers(0, 400), max_size=8))
+@settings(deadline=None, max_examples=25)
+@given(cuts=st.lists(st.integers(0, 900), max_size=8))
 def test_batches_do_not_matter(cuts: list[int]) -> None:
-    scores = np.concatenate([np.round(known(200, 3), 1), strange(200, 0.5, 3)])
+    scores = np.concatenate([np.round(known(200, 3), 1), strange(200, 0.7, 3), known(500, 4)])
     one, many = Drift(REFERENCE, OPTIONS), Drift(REFERENCE, OPTIONS)
     feed(one, scores, len(scores))
     for part in np.split(scores, sorted(cuts)):
         many.update(part, part > SCORES[RANK - 1])
     assert many.state() == one.state()
+    now = one.snapshot().exchangeability
+    assert now.alarms >= 1  # it came and went on the way
+    assert not now.alarm
 
 
 def test_the_state_does_not_grow_with_the_stream() -> None:
