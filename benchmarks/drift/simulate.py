@@ -24,7 +24,7 @@ from service.drift import Drift
 
 RESULT = Path("benchmarks/drift/results/simulation.json")
 OOD_MEAN = 1.645
-PURE = ((1_000, 100, 20_000), (5_000, 100, 20_000))  # calibration scores, runs, images a run
+PURE = ((1_000, 200, 20_000), (5_000, 200, 20_000))  # calibration scores, runs, images a run
 CHANGES = ((2_000, 50), (50_000, 10))  # in-distribution images before the change, runs
 SHARES = (0.05, 0.2)
 HORIZON, CALIBRATION = 20_000, 5_000  # images after the change, calibration scores

@@ -13,7 +13,8 @@ from benchmarks.drift.rivals import BinomialWindow, FixedMartingale
 from detector.calibration import Guarantee, Scores, calibration_rank
 from service.drift import Drift, DriftOptions, Reference
 
-BATCH = 50  # images between two looks: delays are known to that many
+BATCH = 250  # images at once where nobody looks
+LOOK = 50  # images between two looks: delays are known to that many
 OPTIONS = DriftOptions()
 WINDOW_BUDGET = OPTIONS.window_alarms_per_million / len(OPTIONS.windows)
 OURS = (*(f"window_{size}" for size in OPTIONS.windows), "cusum", "exchangeability", "deferral_rate")
@@ -42,6 +43,11 @@ class Watch:
             window.update(deferred)
         self.martingale.update(scores)
 
+    def feed(self, scores: Scores) -> None:
+        """Take in many images; the windows' sizes are multiples of BATCH."""
+        for start in range(0, len(scores), BATCH):
+            self.update(scores[start : start + BATCH])
+
     def alarms(self) -> dict[str, int]:
         """Alarms raised so far by each test."""
         now = self.drift.snapshot()
@@ -61,23 +67,21 @@ def reference(calibration: Scores) -> Reference:
 def alarms_on(stream: Scores, calibration: Reference, seed: int) -> dict[str, int]:
     """Alarms of each test over a stream."""
     watch = Watch(calibration, seed)
-    for start in range(0, len(stream), BATCH):
-        watch.update(stream[start : start + BATCH])
+    watch.feed(stream)
     return watch.alarms()
 
 
 def delays_on(before: Scores, after: Scores, calibration: Reference, seed: int) -> dict[str, int | None]:
     """Images from the change to each test's first alarm; None where it raised none; absent where it had before."""
     watch = Watch(calibration, seed)
-    for start in range(0, len(before), BATCH):
-        watch.update(before[start : start + BATCH])
+    watch.feed(before)
     open_tests = [name for name, count in watch.alarms().items() if count == 0]
     delays: dict[str, int | None] = dict.fromkeys(open_tests)
-    for start in range(0, len(after), BATCH):
-        watch.update(after[start : start + BATCH])
+    for start in range(0, len(after), LOOK):
+        watch.update(after[start : start + LOOK])
         counts = watch.alarms()
         for name in [name for name in open_tests if counts[name]]:
-            delays[name] = min(start + BATCH, len(after))
+            delays[name] = min(start + LOOK, len(after))
             open_tests.remove(name)
         if not open_tests:
             break

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 ROUND = 100  # images between two new starts
+STRETCH = 50  # images multiplied up at once; so few that no product overflows
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ class Capital:
 
     def __init__(self, bets: int, probability: float) -> None:
         self.size, self.limit = bets, 1 / probability
-        self._ones = np.ones(bets)
         self.reset()
 
     def reset(self) -> None:
@@ -73,7 +73,7 @@ class Capital:
         self._bets = np.array(state.bets)
         self.images, self._alarms = state.images, state.alarms
         self._reserve = _reserve(-(-self.images // ROUND))
-        self._total = float(self._bets @ self._ones) + self._reserve
+        self._total = self._sum()
 
     @property
     def alarm(self) -> bool:
@@ -89,20 +89,32 @@ class Capital:
         Returns:
             images played.
         """
-        for place, row in enumerate(factors, 1):
+        played = 0
+        while played < len(factors):
             if self.images % ROUND == 0:
                 self._deal()
-            self.images += 1
-            self._bets *= row
-            before = self.alarm
-            self._total = float(self._bets @ self._ones) + self._reserve
-            if self._total > self.limit**2:
-                self._bets *= (self.limit**2 - self._reserve) / (self._total - self._reserve)
-                self._total = float(self._bets @ self._ones) + self._reserve
+            before, room = self.alarm, 1 if self.alarm else min(STRETCH, ROUND - self.images % ROUND)
+            played += self._stretch(factors[played : played + room])
             self._alarms += self.alarm > before
             if to_turn and self.alarm != before:
-                return place
-        return len(factors)
+                break
+        return played
+
+    def _stretch(self, factors: NDArray[np.float64]) -> int:
+        """Play up to the first image with which the alarm turns; without a deal between. Returns images played."""
+        path = np.cumprod(np.vstack([self._bets, factors]), axis=0)[1:]
+        totals = path.sum(axis=1) + self._reserve
+        turns = np.flatnonzero((totals >= self.limit) != self.alarm)
+        last = int(turns[0]) if len(turns) else len(factors) - 1
+        self._bets, self._total = path[last].copy(), float(totals[last])
+        self.images += last + 1
+        if self._total > self.limit**2:
+            self._bets *= (self.limit**2 - self._reserve) / (self._total - self._reserve)
+            self._total = self._sum()
+        return last + 1
+
+    def _sum(self) -> float:
+        return float(self._bets.sum()) + self._reserve
 
     def _deal(self) -> None:
         left = _reserve(self.images // ROUND + 1)
