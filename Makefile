@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # OpenMP threads that spin while waiting collapse beside a busy neighbour.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: serve test check bench bench-serving fmt model clean
+.PHONY: serve test check bench bench-serving bench-drift fmt model clean
 
 serve: $(VENV)/.serve
 	$(BIN)/oodgate serve
@@ -34,6 +34,11 @@ bench-serving: $(VENV)/.dev
 	for workload in N B A; do $(BIN)/python -m benchmarks.serving.experiments --workload $$workload $(BENCH_FLAGS) || exit 1; done
 	$(BIN)/python -m benchmarks.serving.cost --workload N
 	$(BIN)/python -m benchmarks.serving.table
+
+bench-drift: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.drift.simulate
+	$(BIN)/python -m benchmarks.drift.replay
+	$(BIN)/python -m benchmarks.drift.table
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
