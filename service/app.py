@@ -26,10 +26,12 @@ from service.registry import Registry
 from service.routes import admin, health, models, oip, verdict
 from service.security import Tokens, is_loopback, read_tokens
 from service.settings import Settings
+from service.watch import Watch
 
 log = logging.getLogger(__name__)
 
 LAG_EVERY_S = 0.25
+SAVE_EVERY_S = 30  # seconds of drift evidence that a crash may cost
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -47,7 +49,8 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         started = time.monotonic()
         torch.set_num_threads(settings.torch_threads)
-        registry = Registry(settings, metrics)
+        watch = Watch(settings, metrics)
+        registry = Registry(settings, metrics, watch)
         try:
             audit = _audit(settings, metrics)
             registry.load_all()
@@ -66,8 +69,8 @@ def create_app(settings: Settings) -> FastAPI:
         )
         metrics.watch(lambda: engine.depth, lambda: time.time() - engine.pulse_age_s, settings.queue_capacity)
         with ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode") as decoders:
-            app.state.context = Context(settings, metrics, registry, engine, decoders, tokens, lifecycle, audit)
-            chores = [asyncio.create_task(chore) for chore in _chores(settings, metrics, registry)]
+            app.state.context = Context(settings, metrics, registry, engine, decoders, tokens, lifecycle, audit, watch)
+            chores = [asyncio.create_task(chore) for chore in _chores(settings, metrics, registry, watch)]
             if tokens.open and not is_loopback(settings.host):
                 log.warning("open to everybody who reaches it: no tokens are set", extra={"host": settings.host})
             registry.settle()
@@ -81,6 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
                 chore.cancel()
             await engine.close(settings.shutdown_grace_s)
             registry.close()
+            watch.save()
             audit.close()
             gc.unfreeze()
 
@@ -115,7 +119,9 @@ def _audit(settings: Settings, metrics: Metrics) -> Audit | NoAudit:
     )
 
 
-def _chores(settings: Settings, metrics: Metrics, registry: Registry) -> Iterator[Coroutine[None, None, None]]:
+def _chores(
+    settings: Settings, metrics: Metrics, registry: Registry, watch: Watch
+) -> Iterator[Coroutine[None, None, None]]:
     """What is done again and again beside the requests."""
 
     async def measure_lag() -> None:
@@ -129,7 +135,15 @@ def _chores(settings: Settings, metrics: Metrics, registry: Registry) -> Iterato
             await asyncio.sleep(settings.poll_seconds)
             await registry.load_newer()
 
+    async def refresh_drift() -> None:
+        while True:
+            for _ in range(SAVE_EVERY_S):
+                await asyncio.sleep(1)
+                watch.refresh()
+            watch.save()
+
     yield measure_lag()
+    yield refresh_drift()
     if settings.poll_seconds:
         yield look_for_versions()
 
