@@ -9,7 +9,7 @@ from math import ceil, log
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
-from scipy import linalg, optimize
+from scipy import linalg
 
 from service.drift.reference import Reference
 
@@ -100,7 +100,11 @@ def whole_step(p0: float, ratio: float) -> tuple[int, float]:
     high = 1 - 1e-12
     if _weight(p0, high) >= step:
         return step, high
-    return step, float(optimize.brentq(lambda p1: _weight(p0, p1) - step, p0 * (1 + 1e-9), high))
+    low = p0 * (1 + 1e-9)
+    for _ in range(100):  # scipy.optimize would take ten steps, and 18 MB for as long as the server lives
+        middle = (low + high) / 2
+        low, high = (middle, high) if _weight(p0, middle) >= step else (low, middle)
+    return step, (low + high) / 2
 
 
 def _weight(p0: float, p1: float) -> float:
