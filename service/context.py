@@ -15,6 +15,7 @@ from service.metrics import Metrics
 from service.registry import Registry
 from service.security import Tokens
 from service.settings import Settings
+from service.upstream import Upstream
 
 
 class Lifecycle:
@@ -39,6 +40,7 @@ class Context:
     tokens: Tokens
     lifecycle: Lifecycle
     audit: Audit | NoAudit
+    upstream: Upstream | None
 
 
 def _context(request: Request) -> Context:
