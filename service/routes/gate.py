@@ -31,12 +31,11 @@ from service.judging import (
     read_in_time,
     shows_evidence,
 )
-from service.reading import read_images
-from service.routes.direct import IMAGES_BODY, DirectRoute
+from service.reading import IMAGES_BODY, read_images
 from service.schemas import Problem, VerdictBody, VerdictList, item_body
 from service.upstream import Upstream
 
-router = APIRouter(tags=["gate"], route_class=DirectRoute, default_response_class=Response)
+router = APIRouter(tags=["gate"], default_response_class=Response)
 
 Outcome = Literal["forwarded", "deferred", "unscored", "refused", "upstream_error"]
 _DOCUMENTED: dict[str, Any] = {

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 
 from detector.errors import OodgateError
 from service import problems
@@ -26,9 +27,27 @@ from service.judging import (
     read_in_time,
     shows_evidence,
 )
-from service.reading import read_images
-from service.routes.direct import IMAGES_BODY, DirectRoute
+from service.reading import IMAGES_BODY, read_images
 from service.schemas import Problem, VerdictBody, VerdictList, item_body, verdict_body
+
+
+class DirectRoute(APIRoute):
+    """A route whose endpoint is called with the request and its path, and nothing is solved for it.
+
+    Resolving dependencies takes longer than all else that a small image costs the event loop.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        endpoint = self.endpoint
+
+        async def handle(request: Request) -> Response:
+            response: Response = await endpoint(
+                request=request, context=request.app.state.context, **request.path_params
+            )
+            return response
+
+        return handle
+
 
 router = APIRouter(tags=["verdict"], route_class=DirectRoute, default_response_class=Response)
 

@@ -17,10 +17,11 @@ from click.testing import CliRunner, Result
 from detector.cli import Commands
 from detector.policy import Policy
 from service import Settings
+from service.audit import Audit
 from service.whatif import Asked, replay, whatif
 from tests.helpers import ROOT, encoded, toy_images, toy_model
 from tests.service.conftest import serving
-from tests.service.test_admin import BOSS, STRICT
+from tests.service.test_admin import BOSS
 from tests.service.test_security import bearer, sha256
 
 # Ordinary images with more and more of another one in them: decisions of both kinds, and p-values between.
@@ -29,12 +30,12 @@ IMAGES = [
     for share in (0.0, 0.2, 0.35, 0.5)
     for image, other in zip(toy_images(30, seed=70)[0], toy_images(30, seed=71)[0][::-1], strict=True)
 ]
-DOUBTFUL = STRICT | {"target_id_acceptance": 0.8, "score_name": "grood", "alpha_conf": 0.1}
+LOOSE = {"target_id_acceptance": 0.8, "guarantee": {"kind": "simultaneous", "delta": 0.05}}
 POLICIES: dict[str, dict[str, Any]] = {
     "own": {},
-    "another score": {"score_name": "grood_norm"},
-    "another target and score": STRICT,
-    "two reasons": DOUBTFUL,
+    "another score": {"score_name": "knn"},
+    "another target and score": LOOSE | {"score_name": "fdbd"},
+    "two reasons": LOOSE | {"alpha_conf": 0.1},
 }
 
 
@@ -110,6 +111,8 @@ def test_another_policy_gives_what_the_server_would_decide(
 def test_policies_that_are_compared_do_differ(served: Decided) -> None:
     decisions = {tuple(served(name)[1]) for name in POLICIES}
     assert len(decisions) == len(POLICIES)
+    lines = served("two reasons")[0].read_text().splitlines()
+    assert {"ood", "low_confidence"} < {json.loads(line).get("reason") for line in lines}
 
 
 def test_the_table_and_the_json_tell_the_same(served: Decided, toy_models: Path) -> None:
@@ -144,6 +147,19 @@ def test_broken_lines_are_skipped_and_told(served: Decided, toy_models: Path, tm
     assert json.loads(run("--audit", log, "--models", toy_models, "--json").output)["images"] == len(IMAGES)
     log.write_text('{"event": "decision"}\n[1]\nnull\n')
     assert "no decision that can be read" in run("--audit", log, "--models", toy_models).output
+
+
+def test_a_line_that_a_crash_cut_short_takes_none_after_it_along(
+    served: Decided, toy_models: Path, tmp_path: Path
+) -> None:
+    line = json.loads(served("own")[0].read_text().splitlines()[0])
+    (tmp_path / "audit.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line)[:-40])
+    for _ in range(2):
+        audit = Audit(tmp_path, max_bytes=2**20, keep=1)
+        audit.write(line)
+        audit.close()
+    result = replay([tmp_path / "audit.jsonl"], toy_models, Asked())
+    assert (result.all.images, result.broken) == (3, [f"{tmp_path / 'audit.jsonl'}:2"])
 
 
 def test_decisions_of_other_models_are_counted_and_told(served: Decided, toy_models: Path, tmp_path: Path) -> None:
@@ -182,7 +198,7 @@ def test_lines_whose_shadows_were_sampled_out_are_skipped_and_told(
     log = tmp_path / "audit.jsonl"
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = run("--audit", log, "--models", toy_models, "--score", "grood_norm")
-    assert "skipped: 7 decisions of toy 1 without grood_norm; recorded: grood, " in result.output
+    assert "skipped: 7 decisions of toy 1 without grood_norm; recorded: fdbd, " in result.output
 
 
 def test_a_score_that_was_no_number_is_deferred_as_the_server_did(
