@@ -25,6 +25,7 @@ RawHeaders = list[tuple[bytes, bytes]]
 PREFIX = b"/gate/"
 MOST_CONNECTIONS = 512  # to the app at once; more wait, within the timeout
 IDLE_CONNECTIONS, IDLE_S = 64, 4.0  # many servers close after 5 s: no request must meet a connection that closes
+MOST_DECODINGS = 3  # a path that is encoded more often hides something
 CLIENT_GONE = 499  # as proxies log it; nobody reads it
 
 HOP_BY_HOP = frozenset(
@@ -132,8 +133,10 @@ class Upstream:
 
 def _stays_below(path: bytes) -> bool:
     """Whether no reading of a path, however often it is decoded, leaves the folder it starts in."""
-    while (decoded := unquote_to_bytes(path)) != path:
-        path = decoded
+    for _ in range(MOST_DECODINGS):
+        path = unquote_to_bytes(path)
+    if unquote_to_bytes(path) != path:
+        return False
     segments = (segment.partition(b";")[0] for segment in path.split(b"/"))  # some servers strip ;parameters first
     return (
         b"\\" not in path and min(path, default=33) > 31 and not any(segment in (b".", b"..") for segment in segments)

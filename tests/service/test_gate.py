@@ -47,6 +47,7 @@ class App:
     headers: list[tuple[str, str]] = field(default_factory=lambda: [("content-type", "text/plain")])
     parts: tuple[bytes, ...] = (b"the ", b"app")
     silent: bool = False
+    stuck: bool = False  # before the last part
     before_last: threading.Event | None = None
     break_off: bool = False
     seen: list[Seen] = field(default_factory=list)
@@ -64,12 +65,9 @@ def handler_of(app: App) -> type[BaseHTTPRequestHandler]:
             app.seen.append(Seen(self.command, self.requestline.split()[1], self.headers.items(), body))
             app.arrived.set()
             if app.silent:
-                self.connection.settimeout(20)
-                if self.connection.recv(1) == b"":  # the gate hung up: nobody waits any more
-                    app.let_go.set()
-                self.close_connection = True
-                return
-            self.answer()
+                self.wait_for_the_end()
+            else:
+                self.answer()
 
         do_PUT = do_POST  # noqa: N815
 
@@ -80,6 +78,9 @@ def handler_of(app: App) -> type[BaseHTTPRequestHandler]:
             self.send_header("transfer-encoding", "chunked")
             self.end_headers()
             for number, part in enumerate(app.parts, start=1):
+                if number == len(app.parts) and app.stuck:
+                    self.wait_for_the_end()
+                    return
                 if number == len(app.parts) and app.before_last is not None:
                     assert app.before_last.wait(20)
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
@@ -87,6 +88,12 @@ def handler_of(app: App) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
             else:
                 self.wfile.write(b"0\r\n\r\n")
+
+        def wait_for_the_end(self) -> None:
+            self.connection.settimeout(20)
+            if self.connection.recv(1) == b"":  # the gate hung up: nobody waits any more
+                app.let_go.set()
+            self.close_connection = True
 
         def log_message(self, *args: object) -> None:
             pass
@@ -324,6 +331,7 @@ def test_a_redirect_of_the_app_is_the_clients_to_follow(toy_models: Path) -> Non
         "/gate/%2e%2e/admin",
         "/gate/.%2E/admin",
         "/gate/%252e%252e/admin",
+        "/gate/%2525252525252e%2525252525252e/admin",
         "/gate/a%2f..%2fadmin",
         "/gate/..;x=1/admin",
         "/gate/..%5cadmin",
@@ -438,6 +446,15 @@ def test_the_app_is_let_go_when_the_client_goes(toy_models: Path) -> None:
             head = f"POST /gate/x HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: {len(GOOD)}\r\n\r\n"
             connection.sendall(head.encode() + GOOD)
             assert app.arrived.wait(20)
+            assert not app.let_go.is_set()
+        assert app.let_go.wait(20)
+        assert running.client.post("/gate/x", content=NOISE, headers=PNG).headers["x-oodgate-decision"] == "defer"
+
+
+def test_the_app_is_let_go_when_the_client_goes_in_the_middle_of_the_answer(toy_models: Path) -> None:
+    with gated(toy_models, app={"stuck": True}) as (running, app):
+        with running.client.stream("POST", "/gate/x", content=GOOD, headers=PNG) as answer:
+            assert next(answer.iter_raw()) == b"the "
             assert not app.let_go.is_set()
         assert app.let_go.wait(20)
         assert running.client.post("/gate/x", content=NOISE, headers=PNG).headers["x-oodgate-decision"] == "defer"
