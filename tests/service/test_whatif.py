@@ -6,20 +6,24 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from click.testing import CliRunner, Result
 
+from detector import Detector, Policy, fit
+from detector.calibration import Guarantee
 from detector.cli import Commands
-from detector.policy import Policy
+from detector.scores import FitOptions
 from service import Settings
 from service.audit import Audit
 from service.whatif import Asked, replay, whatif
-from tests.helpers import ROOT, encoded, toy_images, toy_model
+from tests.helpers import ROOT, encoded, toy_dataset, toy_images, toy_model, toy_network
 from tests.service.conftest import serving
 from tests.service.test_admin import BOSS
 from tests.service.test_security import bearer, sha256
@@ -106,6 +110,35 @@ def test_another_policy_gives_what_the_server_would_decide(
     assert result.by_caller["even"].as_dict()["deferred_now"] == after[::2].count("defer")
     assert result.by_caller["odd"].images == len(IMAGES) // 2
     assert result.by_model["toy 1"] == result.all
+
+
+def test_every_class_keeps_its_own_threshold(tmp_path: Path) -> None:
+    fit(
+        toy_network(),
+        toy_dataset(300, seed=1),
+        toy_dataset(600, seed=2),
+        tmp_path / "toy" / "1",
+        tune=toy_dataset(600, seed=3),
+        options=FitOptions(num_classes=4, bank_size=200, mixup_images=40),
+        policy=Policy(guarantee=Guarantee(kind="marginal")),
+        per_class=True,
+    )
+    detector = Detector.load(tmp_path / "toy" / "1", device="cpu")
+    decider = detector.with_policy(detector.manifest.policy.model_copy(update={"score_name": "knn"}))
+    assert len({cut.value for cut in decider.thresholds}) == 4
+    outputs = detector.outputs(IMAGES)
+    then, now = detector.judge(outputs), detector.judge(outputs, decider)
+    log = tmp_path / "audit.jsonl"
+    names = {"caller": "c", "model": "toy", "version": "1", "digest": detector.manifest.model_digest}
+    log.write_bytes(
+        b"\n".join(
+            orjson.dumps({"event": "decision", "precision": "fp32"} | names | asdict(verdict)) for verdict in then
+        )
+    )
+    result = replay([log], tmp_path, Asked(score="knn")).all
+    pairs = [(before.decision, after.decision) for before, after in zip(then, now, strict=True)]
+    assert result.accept_to_defer == pairs.count(("accept", "defer"))
+    assert result.defer_to_accept == pairs.count(("defer", "accept")) > 0
 
 
 def test_policies_that_are_compared_do_differ(served: Decided) -> None:
