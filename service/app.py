@@ -23,9 +23,10 @@ from service.direct import App
 from service.engine import Answer, Engine, ServedModel
 from service.metrics import Metrics
 from service.registry import Registry
-from service.routes import admin, health, models, oip, verdict
+from service.routes import admin, gate, health, models, oip, verdict
 from service.security import Tokens, is_loopback, read_tokens
 from service.settings import Settings
+from service.upstream import Upstream
 from service.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -68,8 +69,11 @@ def create_app(settings: Settings) -> FastAPI:
             on_restart=metrics.engine_restarts.inc,
         )
         metrics.watch(lambda: engine.depth, lambda: time.time() - engine.pulse_age_s, settings.queue_capacity)
+        upstream = Upstream(settings) if settings.gate_upstream else None
         with ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode") as decoders:
-            app.state.context = Context(settings, metrics, registry, engine, decoders, tokens, lifecycle, audit, watch)
+            app.state.context = Context(
+                settings, metrics, registry, engine, decoders, tokens, lifecycle, audit, watch, upstream
+            )
             chores = [asyncio.create_task(chore) for chore in _chores(settings, metrics, registry, watch)]
             if tokens.open and not is_loopback(settings.host):
                 log.warning("open to everybody who reaches it: no tokens are set", extra={"host": settings.host})
@@ -83,6 +87,8 @@ def create_app(settings: Settings) -> FastAPI:
             for chore in chores:
                 chore.cancel()
             await engine.close(settings.shutdown_grace_s)
+            if upstream is not None:
+                await upstream.close()
             registry.close()
             watch.save()
             audit.close()
@@ -105,7 +111,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.lifecycle = lifecycle
     problems.install(app)
-    for part in (verdict, oip, models, admin, health):
+    for part in (verdict, oip, gate, models, admin, health):
         app.include_router(part.router)
     return app
 

@@ -15,6 +15,7 @@ from service.metrics import Metrics
 from service.registry import Registry
 from service.security import Tokens
 from service.settings import Settings
+from service.upstream import Upstream
 from service.watch import Watch
 
 
@@ -41,6 +42,7 @@ class Context:
     lifecycle: Lifecycle
     audit: Audit | NoAudit
     watch: Watch
+    upstream: Upstream | None
 
 
 async def _context(request: Request) -> Context:  # a plain function would be sent through a thread

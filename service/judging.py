@@ -111,6 +111,11 @@ async def read_in_time(context: Context, read: Callable[[], Awaitable[T]]) -> T:
         SlowRequest: the body did not arrive in time.
     """
     context.engine.check_room(1)
+    return await in_time(context, read)
+
+
+async def in_time(context: Context, read: Callable[[], Awaitable[T]]) -> T:
+    """Read a request's body. Raises SlowRequest where it did not arrive in time."""
     started, seconds = time.monotonic(), context.settings.request_timeout_s
     try:
         async with asyncio.timeout(seconds):
@@ -198,6 +203,7 @@ def _audited(asker: Asker, model: ServedModel, judged: Judged) -> dict[str, Any]
         "model": manifest.name,
         "version": manifest.version,
         "digest": manifest.model_digest,
+        "precision": model.detector.backbone.precision,
         "sha256": judged.sha256,
         "decision": verdict.decision,
         "reason": verdict.reason,

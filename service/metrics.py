@@ -16,16 +16,18 @@ from detector.artifact import Manifest
 from detector.policy import Decider, Decision, Reason, Verdict
 from service.drift import DriftStatus
 
-STAGES = ("read", "decode", "queue", "forward", "score", "respond")
+STAGES = ("read", "decode", "queue", "forward", "score", "respond", "upstream")
 DECISIONS: tuple[Decision, ...] = ("accept", "defer")
 REASONS: tuple[Reason, ...] = ("none", "ood", "low_confidence")
 REJECTIONS = ("queue_full", "deadline", "too_large", "pixels", "bad_image", "media_type", "not_ready")
+GATE_OUTCOMES = ("forwarded", "deferred", "unscored", "refused", "upstream_error")
 HANDLERS = (
     "/v1/verdict",
     "/v1/models/{name}/verdict",
     "/v1/models/{name}/versions/{version}/verdict",
     "/v2/models/{name}/infer",
     "/v2/models/{name}/versions/{version}/infer",
+    "/gate/{path:path}",
 )
 P_VALUE_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30)
@@ -120,7 +122,7 @@ class Metrics:
         )
         self.stage_seconds = histogram(
             "stage_duration_seconds",
-            "Time in read and respond (a request), decode and queue (an image), forward and score (a batch).",
+            "Time in read, upstream and respond (a request), decode and queue (an image), forward and score (a batch).",
             ("stage",),
             LATENCY_BUCKETS,
         )
@@ -129,6 +131,9 @@ class Metrics:
         self.queue_capacity = gauge("queue_capacity", "Images admitted at most.")
         self.in_progress = gauge("requests_in_progress", "Requests being answered.")
         self.rejected = counter("requests_rejected", "Requests or images not judged.", ("reason",))
+        self.gate_requests = counter(
+            "gate_requests", "Requests that came to the gate, by how they ended.", ("outcome",)
+        )
         self.heartbeat = gauge("engine_heartbeat_timestamp_seconds", "When the inference thread last showed life.")
         self.audit_lost = counter("audit_lines_lost", "Audit lines that could not be written.")
         self.loop_lag = histogram(
@@ -147,6 +152,8 @@ class Metrics:
             self.stage_seconds.labels(stage)
         for reason in REJECTIONS:
             self.rejected.labels(reason)
+        for outcome in GATE_OUTCOMES:
+            self.gate_requests.labels(outcome)
         for result in ("success", "failure"):
             self.model_loads.labels(result)
         for handler in HANDLERS:

@@ -9,9 +9,11 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from detector.errors import OodgateError
 from detector.policy import Decision, Policy, Reason
 from service.engine import ServedModel
 from service.judging import Judged
+from service.problems import problem
 from service.registry import Registry
 
 
@@ -152,6 +154,15 @@ def verdict_body(judged: Judged, model: ServedModel, request_id: str, *, evidenc
     if not evidence:
         del body["ood"]
     return body
+
+
+def item_body(
+    index: int, result: Judged | OodgateError, model: ServedModel, request_id: str, *, evidence: bool
+) -> dict[str, Any]:
+    """One result of several as JSON: a verdict, or the problem of the image at this place."""
+    if isinstance(result, OodgateError):
+        return {"problem": problem(result, index=index)}
+    return verdict_body(result, model, request_id, evidence=evidence)
 
 
 def model_card(registry: Registry, name: str) -> ModelCard:
