@@ -36,7 +36,7 @@ IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
 FORM_TYPE = "multipart/form-data"
 _BYTES = {"type": "string", "format": "binary"}
 _FORM = {"type": "object", "properties": {"file": {"type": "array", "items": _BYTES}}, "required": ["file"]}
-_DOCUMENTED: dict[str, Any] = {
+DOCUMENTED: dict[str, Any] = {
     "openapi_extra": {
         "requestBody": {
             "required": True,
@@ -50,14 +50,14 @@ _DOCUMENTED: dict[str, Any] = {
 }
 
 
-@router.post("/v1/verdict", operation_id="verdict", summary="Judge images by the default model", **_DOCUMENTED)
+@router.post("/v1/verdict", operation_id="verdict", summary="Judge images by the default model", **DOCUMENTED)
 async def verdict(request: Request, context: Ctx) -> Response:
     """One image as the raw body, or one or more `file` parts of a form. A deferred image is a 200 too."""
     return await _respond(request, context, None, None)
 
 
 @router.post(
-    "/v1/models/{name}/verdict", operation_id="model_verdict", summary="Judge images by a named model", **_DOCUMENTED
+    "/v1/models/{name}/verdict", operation_id="model_verdict", summary="Judge images by a named model", **DOCUMENTED
 )
 async def model_verdict(name: str, request: Request, context: Ctx) -> Response:
     """As /v1/verdict."""
@@ -68,7 +68,7 @@ async def model_verdict(name: str, request: Request, context: Ctx) -> Response:
     "/v1/models/{name}/versions/{version}/verdict",
     operation_id="version_verdict",
     summary="Judge images by one version of a model",
-    **_DOCUMENTED,
+    **DOCUMENTED,
 )
 async def version_verdict(name: str, version: str, request: Request, context: Ctx) -> Response:
     """As /v1/verdict; 404 where that version is not loaded."""
@@ -79,7 +79,7 @@ async def _respond(request: Request, context: Context, name: str | None, version
     with counting_rejections(context):
         model = context.registry.get(name, version)
         started = time.monotonic()
-        files, several = await read_in_time(context, partial(_read, request, context))
+        files, several = await read_in_time(context, partial(read_images, request, context))
         deadline = time.monotonic() + context.settings.request_timeout_s
         results = await judge_all(context, Asker.of(request), model, files, started, deadline)
     responding = time.monotonic()
@@ -88,8 +88,8 @@ async def _respond(request: Request, context: Context, name: str | None, version
     return answer
 
 
-async def _read(request: Request, context: Context) -> tuple[list[bytes], bool]:
-    """The encoded images of a request, and whether they are answered as a list."""
+async def read_images(request: Request, context: Context) -> tuple[list[bytes], bool]:
+    """The encoded images of a request, and whether they are answered as a list; raises what its messages say."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == FORM_TYPE:
         files = await _read_form(request, context.settings.max_images, context.settings.max_body_bytes)
