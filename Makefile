@@ -25,6 +25,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.score_cost
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.start_up
+	$(BIN)/python -m benchmarks.heat
 	$(BIN)/python -m benchmarks.readme
 
 # Every server on every workload, three times, interleaved: some hours. Needs wrk, and a machine that does nothing else.

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 import torch
 from fastapi import FastAPI
@@ -21,9 +21,11 @@ from service.audit import Audit, NoAudit
 from service.context import Context, Lifecycle
 from service.direct import App
 from service.engine import Answer, Engine, ServedModel
+from service.explainer import Explainer
 from service.metrics import Metrics
+from service.recent import Recent
 from service.registry import Registry
-from service.routes import admin, gate, health, models, oip, verdict
+from service.routes import admin, console, explain, gate, health, models, monitor, oip, report, verdict
 from service.security import Tokens, is_loopback, read_tokens
 from service.settings import Settings
 from service.upstream import Upstream
@@ -42,6 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
         ArtifactNotFound, ArtifactCorrupt, GoldenMismatch: a model cannot be served; the message says why.
     """
     metrics = Metrics()
+    recent = Recent(metrics)
     lifecycle = Lifecycle()
     users = dict(settings.tokens) | (read_tokens(settings.tokens_file) if settings.tokens_file else {})
     tokens = Tokens(users, settings.admin_token_sha256)
@@ -65,14 +68,26 @@ def create_app(settings: Settings) -> FastAPI:
             timeout_s=settings.request_timeout_s,
             stall_s=settings.engine_stall_s,
             window_s=settings.batch_window_s,
-            on_batch=lambda model, answers: _record(metrics, model, answers),
+            on_batch=lambda model, answers: _record(metrics, recent, model, answers),
             on_restart=metrics.engine_restarts.inc,
         )
         metrics.watch(lambda: engine.depth, lambda: time.time() - engine.pulse_age_s, settings.queue_capacity)
         upstream = Upstream(settings) if settings.gate_upstream else None
-        with ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode") as decoders:
+        explainer = Explainer()
+        with ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode") as decoders, closing(explainer):
             app.state.context = Context(
-                settings, metrics, registry, engine, decoders, tokens, lifecycle, audit, watch, upstream
+                settings,
+                metrics,
+                registry,
+                engine,
+                decoders,
+                tokens,
+                lifecycle,
+                audit,
+                watch,
+                upstream,
+                explainer,
+                recent,
             )
             chores = [asyncio.create_task(chore) for chore in _chores(settings, metrics, registry, watch)]
             if tokens.open and not is_loopback(settings.host):
@@ -111,7 +126,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.lifecycle = lifecycle
     problems.install(app)
-    for part in (verdict, oip, gate, models, admin, health):
+    for part in (verdict, explain, oip, gate, models, report, admin, monitor, console, health):
         app.include_router(part.router)
     return app
 
@@ -154,7 +169,8 @@ def _chores(
         yield look_for_versions()
 
 
-def _record(metrics: Metrics, model: ServedModel, answers: Sequence[Answer]) -> None:
+def _record(metrics: Metrics, recent: Recent, model: ServedModel, answers: Sequence[Answer]) -> None:
+    recent.count(model, answers)
     metrics.count_verdicts(model.detector.manifest, model.decider, [answer.verdict for answer in answers])
     metrics.batch_size.observe(len(answers))
     metrics.stage["forward"].observe(answers[0].timing.forward)

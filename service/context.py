@@ -11,7 +11,9 @@ from fastapi import Depends, Request
 
 from service.audit import Audit, NoAudit
 from service.engine import Engine
+from service.explainer import Explainer
 from service.metrics import Metrics
+from service.recent import Recent
 from service.registry import Registry
 from service.security import Tokens
 from service.settings import Settings
@@ -43,6 +45,8 @@ class Context:
     audit: Audit | NoAudit
     watch: Watch
     upstream: Upstream | None
+    explainer: Explainer
+    recent: Recent
 
 
 async def _context(request: Request) -> Context:  # a plain function would be sent through a thread

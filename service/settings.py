@@ -76,6 +76,7 @@ class Settings(BaseSettings):
     poll_seconds: float = Field(
         default=0.0, ge=0, description="Seconds between looks for newer versions of the models; 0 never looks."
     )
+    grafana_url: str = Field(default="", description="Address of a Grafana that the console links to.")
     device: str = Field(default="auto", description="cpu, cuda, cuda:N or auto.")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="A calibrated precision, or auto.")
     compile: Literal["auto", "off"] = Field(

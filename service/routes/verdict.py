@@ -31,7 +31,7 @@ from service.schemas import Problem, VerdictBody, VerdictList, item_body, verdic
 
 router = APIRouter(tags=["verdict"], default_response_class=Response)
 
-_DOCUMENTED: dict[str, Any] = {
+DOCUMENTED: dict[str, Any] = {
     "openapi_extra": {"requestBody": IMAGES_BODY},
     "responses": {
         200: {"model": VerdictBody | VerdictList, "description": "One verdict, or `verdicts` for several files."},
@@ -40,14 +40,14 @@ _DOCUMENTED: dict[str, Any] = {
 }
 
 
-@router.post("/v1/verdict", operation_id="verdict", summary="Judge images by the default model", **_DOCUMENTED)
+@router.post("/v1/verdict", operation_id="verdict", summary="Judge images by the default model", **DOCUMENTED)
 async def verdict(request: Request, context: Ctx) -> Response:
     """One image as the raw body, or one or more `file` parts of a form. A deferred image is a 200 too."""
     return await _respond(request, context, None, None)
 
 
 @router.post(
-    "/v1/models/{name}/verdict", operation_id="model_verdict", summary="Judge images by a named model", **_DOCUMENTED
+    "/v1/models/{name}/verdict", operation_id="model_verdict", summary="Judge images by a named model", **DOCUMENTED
 )
 async def model_verdict(name: str, request: Request, context: Ctx) -> Response:
     """As /v1/verdict."""
@@ -58,7 +58,7 @@ async def model_verdict(name: str, request: Request, context: Ctx) -> Response:
     "/v1/models/{name}/versions/{version}/verdict",
     operation_id="version_verdict",
     summary="Judge images by one version of a model",
-    **_DOCUMENTED,
+    **DOCUMENTED,
 )
 async def version_verdict(name: str, version: str, request: Request, context: Ctx) -> Response:
     """As /v1/verdict; 404 where that version is not loaded."""
