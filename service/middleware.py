@@ -19,6 +19,8 @@ from service.security import ANONYMOUS, Caller, Tokens, is_open_path
 log = logging.getLogger("service.access")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+# W3C Trace Context: version, trace id, parent id, flags; later versions may append more. All zeros are no id.
+_TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 
 
@@ -74,13 +76,15 @@ class Observe:
         handler = getattr(route, "path", "unmatched")
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self.metrics.requests.labels(handler, method, str(status)).inc()
-        self.metrics.request_seconds.labels(handler, method).observe(seconds)
+        trace = _trace_id(scope)
+        self.metrics.request_seconds.labels(handler, method).observe(seconds, trace or None)
         record = {
             "request_id": scope["request_id"],
             "method": scope["method"],
             "path": scope["path"],
             "status": status,
             "duration_ms": round(1000 * seconds, 3),
+            **trace,
         }
         quiet = handler.startswith(("/v2/health", "/metrics"))
         log.log(logging.DEBUG if quiet else logging.INFO, "request", extra=record)
@@ -91,6 +95,13 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return str(value.decode())
     return uuid.uuid4().hex
+
+
+def _trace_id(scope: Scope) -> dict[str, str]:
+    """The caller's trace id, by its name in log and exemplar; empty where `traceparent` is missing or malformed."""
+    sent = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
+    found = _TRACEPARENT.fullmatch(sent)
+    return {"trace_id": found[1].decode()} if found else {}
 
 
 class _Body:
