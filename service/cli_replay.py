@@ -53,7 +53,7 @@ def replay(
     ood_images = images_below(ood_folder) if ood_folder else id_images
     sender = Replay(url, token, model, report=click.echo)
     try:
-        asyncio.run(sender.run(stream(id_images, ood_images, rate, mix, seed), seconds))
+        asyncio.run(sender.run(stream(id_images, ood_images, rate, mix.at, seed), seconds))
     except KeyboardInterrupt:
         click.echo("stopped")
     click.echo(f"total    {sender.total.line()}")

@@ -68,14 +68,19 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def stream(
-    id_images: Sequence[Path], ood_images: Sequence[Path], rate: float, mix: Mix, seed: int
+    id_images: Sequence[Path], ood_images: Sequence[Path], rate: float, share: Callable[[float], float], seed: int
 ) -> Iterator[Sending]:
-    """An endless stream with exponential gaps, `rate` images a second on average; one seed, one stream."""
+    """An endless stream with exponential gaps; one seed, one stream.
+
+    Args:
+        rate: images a second, on average.
+        share: of OOD images at a second, as `Mix.at`.
+    """
     chance = random.Random(seed)
     at = 0.0
     while True:
         at += chance.expovariate(rate)
-        is_ood = chance.random() < mix.at(at)
+        is_ood = chance.random() < share(at)
         path = chance.choice(ood_images if is_ood else id_images)
         yield Sending(at, path, "ood" if is_ood else "id")
 

@@ -45,18 +45,18 @@ def run(*arguments: object) -> Result:
 
 def test_one_seed_gives_one_stream_and_another_another() -> None:
     mix = Mix.parse("0.5")
-    first, again, other = (list(islice(stream(ID, OOD, 10, mix, seed), 200)) for seed in (1, 1, 2))
+    first, again, other = (list(islice(stream(ID, OOD, 10, mix.at, seed), 200)) for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
 
 def test_the_rate_is_kept_on_average() -> None:
-    *_, last = islice(stream(ID, OOD, 50, Mix.parse("0"), seed=0), 20_000)
+    *_, last = islice(stream(ID, OOD, 50, Mix.parse("0").at, seed=0), 20_000)
     assert last.at == pytest.approx(20_000 / 50, rel=0.03)
 
 
 def test_the_mix_follows_its_schedule() -> None:
-    sendings = list(islice(stream(ID, OOD, 100, Mix.parse("0:0,60:0.2,120:1"), seed=0), 18_000))
+    sendings = list(islice(stream(ID, OOD, 100, Mix.parse("0:0,60:0.2,120:1").at, seed=0), 18_000))
     shares = []
     for start in (0, 60, 120):
         kinds = [sending.kind for sending in sendings if start <= sending.at < start + 60]
@@ -84,7 +84,7 @@ def test_the_server_counts_what_the_replay_says_it_sent(toy_models: Path, folder
         lines: list[str] = []
         images, strange = (images_below(folder) for folder in folders)
         sender = Replay(server.url, report=lines.append)
-        total = asyncio.run(sender.run(stream(images, strange, 60, Mix.parse("0:0,0.5:0.5"), seed=3), seconds=1.6))
+        total = asyncio.run(sender.run(stream(images, strange, 60, Mix.parse("0:0,0.5:0.5").at, seed=3), seconds=1.6))
         text = server.client.get("/metrics").text
     counted = [float(line.split()[-1]) for line in text.splitlines() if line.startswith("oodgate_decisions_total{")]
     assert sum(counted) == total.sent == total.answered > 40
