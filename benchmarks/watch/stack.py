@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def stack(folder: Path, service: str, prometheus: str, alertmanager: str) -> Ite
         for binary, arguments in commands.items():
             running.enter_context(process([binary, *arguments], folder / f"{binary}.log"))
         for address in (prometheus, alertmanager):
-            wait_until(lambda address=address: answers(f"http://{address}/-/ready"), 30, f"{address} ready")
+            wait_until(partial(answers, f"http://{address}/-/ready"), 30, f"{address} ready")
         yield Stack(prometheus, alertmanager)
 
 

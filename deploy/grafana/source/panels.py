@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from grafana_foundation_sdk.builders import (
-    bargauge,
     common as common_builders,
     dashboard as dashboards,
     heatmap,
@@ -24,7 +23,6 @@ OF_MODEL = f'model=~"$model",version=~"$version",{OF_INSTANCE}'
 FULL, HALF, THIRD, QUARTER = 24, 12, 8, 6
 
 Queries = Mapping[str, str]  # legend: expression
-Panel = timeseries.Panel | stat.Panel | bargauge.Panel | heatmap.Panel
 
 
 def board(slug: str, title: str, description: str) -> dashboards.Dashboard:
@@ -143,23 +141,6 @@ def number(
         .span(width)
         .height(5)
         .thresholds(_thresholds(steps))
-    )
-
-
-def bars(title: str, description: str, queries: Queries, unit: str, width: int = HALF) -> bargauge.Panel:
-    """One bar a series."""
-    return (
-        bargauge.Panel()
-        .title(title)
-        .description(description)
-        .datasource(SOURCE)
-        .targets(list(_targets(queries, PromQueryFormat.TIME_SERIES, instant=True)))
-        .unit(unit)
-        .min(0)
-        .span(width)
-        .height(8)
-        .orientation(common.VizOrientation.HORIZONTAL)
-        .thresholds(_thresholds({None: "green"}))
     )
 
 
