@@ -3,24 +3,29 @@
 
 The last linear layer is found by watching one forward pass, so no architecture needs a special case.
 Resuming from the early layer is a forward hook that replaces its output: one mechanism for every network.
+Plain outputs come from the lean form of the network (`forward.py`), which has no hooks.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from detector.errors import BackboneError, DataError, NonFiniteFeatures, TapNotFound
+from detector.forward import Forward, Precision as Precision
 from detector.images import Preprocessing
+from detector.staging import Staging
 
-Precision = Literal["fp32", "bf16"]
+Mode = Literal["eager", "compiled"]
+T = TypeVar("T")
 
 # The first that exists: ResNets, then MobileNets, ConvNeXt and Swin of torchvision, ViT, then the names of timm.
 EARLY_CANDIDATES = (
@@ -38,6 +43,7 @@ class Outputs:
         early: float32 [N, ...], the output of the early layer, where it was asked for.
         ids: int64 [N], the identity of each image, where it is known.
         inputs: uint8 [N, H, W, 3], the images, where they were asked for.
+        derived: what scores have made of the outputs, where they share it; see `sharing`.
     """
 
     logits: Tensor
@@ -45,6 +51,7 @@ class Outputs:
     early: Tensor | None = None
     ids: Tensor | None = None
     inputs: Tensor | None = None
+    derived: dict[str, object] | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -61,6 +68,18 @@ class Outputs:
     def with_ids(self, ids: Tensor) -> Outputs:
         return replace(self, ids=ids)
 
+    def sharing(self) -> Outputs:
+        """The same outputs, which keep what `once` computes for as long as they live."""
+        return replace(self, derived={})
+
+    def once(self, key: str, compute: Callable[[], T]) -> T:
+        """`compute()`, a single time for each key where the outputs are `sharing`."""
+        if self.derived is None:
+            return compute()
+        if key not in self.derived:
+            self.derived[key] = compute()
+        return cast(T, self.derived[key])
+
 
 def concatenate(parts: Sequence[Outputs]) -> Outputs:
     """Join the outputs of several batches; `early` and `inputs` are left behind."""
@@ -70,6 +89,12 @@ def concatenate(parts: Sequence[Outputs]) -> Outputs:
         torch.cat([part.penultimate for part in parts]),
         ids=torch.cat(ids) if len(ids) == len(parts) else None,
     )
+
+
+class Run(Protocol):
+    """A form of the network: uint8 [N, H, W, 3] on the device -> logits [N, C], penultimate [N, D], float32."""
+
+    def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor]: ...
 
 
 def resolve_device(name: str) -> torch.device:
@@ -94,6 +119,7 @@ class Backbone:
         head: path of the last linear layer; found where not given.
         early: path of the layer that the mix-up resumes from; the first of EARLY_CANDIDATES where not given.
         device, precision: where and how the forward runs. bf16 is autocast; the last linear layer is always float32.
+        rebuild: makes the module again; lets `release` free it.
 
     Raises:
         TapNotFound: no last linear layer, or no layer of that name.
@@ -109,24 +135,50 @@ class Backbone:
         early: str | None = None,
         device: torch.device | str = "cpu",
         precision: Precision = "fp32",
+        rebuild: Callable[[], nn.Module] | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.precision: Precision = precision
+        self.mode: Mode = "eager"
         self.preprocessing = preprocessing
-        # An unflattened export has neither mode and refuses nothing: its graph was recorded in eval mode.
-        module.train(False)
-        self.module = module.requires_grad_(False).to(self.device)
-        self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing from torch's stubs
+        self._rebuild = rebuild
+        self._network: nn.Module | None = self._prepared(module)
         scale = torch.tensor([preprocessing.mean, preprocessing.std], device=self.device).mul(255).view(2, 3, 1, 1)
         self._mean, self._std = scale
         self.head = head or self._find_head()
-        head_module = self._module(self.head)
+        head_module = self._layer(self.head)
         self.weight: Tensor = head_module.get_parameter("weight").float()  # [C, D]
         bias = getattr(head_module, "bias", None)
         self.bias: Tensor = bias.float() if isinstance(bias, Tensor) else self.weight.new_zeros(len(self.weight))
         self.early = early or self._find_early()
-        self._module(self.early)
+        self._layer(self.early)
+        self._staging = Staging(self.input_shape, self.device) if self.device.type == "cuda" else None
         self._one_at_a_time = threading.Lock()  # hooks live on the module: two passes at once would mix their taps
+
+    @property
+    def module(self) -> nn.Module:
+        """The network itself; built again where it was released."""
+        if self._network is None:
+            if self._rebuild is None:
+                raise AssertionError("only a network that can be built again is released")
+            self._network = self._prepared(self._rebuild())
+        return self._network
+
+    @cached_property
+    def forward(self) -> Run:
+        """The form of the network that gives plain outputs."""
+        return Forward(self.module, self.head, self.weight, self.bias, self.preprocessing, self.precision)
+
+    def with_forward(self, forward: Run, mode: Mode) -> Self:
+        """The same backbone with plain outputs from another form of the network."""
+        other = copy(self)
+        other.forward, other.mode = forward, mode
+        return other
+
+    def release(self) -> None:
+        """Free the network where plain outputs do without it; what needs it builds it again."""
+        if self._rebuild is not None and isinstance(self.forward, Forward) and self.forward.folded:
+            self._network = None
 
     @property
     def num_classes(self) -> int:
@@ -156,16 +208,22 @@ class Backbone:
             empty = self.weight.new_zeros
             no_inputs = images if inputs else None
             return Outputs(empty(0, self.num_classes), empty(0, self.weight.shape[1]), inputs=no_inputs)
-        taps: dict[str, Tensor] = {}
-        with self._one_at_a_time, torch.inference_mode(), self._recording(self.early, taps, wanted=early):
-            penultimate = self._penultimate(self._normalised(images))
+        with torch.inference_mode():
+            if early:
+                logits, penultimate, tapped = self._with_early(images)
+            else:
+                on_device = images if self._staging is None else self._staging.upload(images)
+                (logits, penultimate), tapped = self.forward(on_device), None
+        _refuse_non_finite(logits)
+        return Outputs(logits, penultimate, tapped, inputs=images if inputs else None)
+
+    def outputs_of(self, x: Tensor) -> Outputs:
+        """Run the network itself on its own input, float [N, 3, H, W], as from `normalised`; raises as `outputs`."""
+        with self._one_at_a_time, torch.inference_mode():
+            penultimate = self._penultimate(x)
             logits = torch.addmm(self.bias, penultimate, self.weight.T)
-        if not bool(torch.isfinite(logits).all()):
-            bad = (~torch.isfinite(logits).all(dim=1)).nonzero().flatten().tolist()
-            raise NonFiniteFeatures(
-                f"the network gave NaN or infinity for image {bad[0]} of the batch; check its weights"
-            )
-        return Outputs(logits, penultimate, taps.get(self.early), inputs=images if inputs else None)
+        _refuse_non_finite(logits)
+        return Outputs(logits, penultimate)
 
     def resume(self, early: Tensor) -> Tensor:
         """Run the rest of the network from the early layer's output.
@@ -183,7 +241,7 @@ class Backbone:
             return early.to(self.device, output.dtype)
 
         with self._one_at_a_time, torch.inference_mode():
-            handle = self._module(self.early).register_forward_hook(replace_output)
+            handle = self._layer(self.early).register_forward_hook(replace_output)
             try:
                 return self._penultimate(unused)
             finally:
@@ -216,10 +274,10 @@ class Backbone:
             taps["penultimate of the head"] = inputs[0]
 
         with self._one_at_a_time, torch.inference_mode(False), torch.enable_grad():
-            handles = [self._module(path).register_forward_hook(keep_output(path)) for path in layers]
-            handles.append(self._module(self.head).register_forward_pre_hook(keep_input))
+            handles = [self._layer(path).register_forward_hook(keep_output(path)) for path in layers]
+            handles.append(self._layer(self.head).register_forward_pre_hook(keep_input))
             try:
-                self.module(self._normalised(images).requires_grad_())
+                self.module(self.normalised(images).requires_grad_())
             finally:
                 for handle in handles:
                     handle.remove()
@@ -234,7 +292,7 @@ class Backbone:
             images: uint8 [N, H, W, 3].
         """
         with self._one_at_a_time:
-            x = self._normalised(images).contiguous()
+            x = self.normalised(images).contiguous()
             logits: Tensor = functional_call(self.module, dict(parameters), (x,))
         return logits
 
@@ -254,7 +312,8 @@ class Backbone:
                 "the network has a path around that layer; choose another early layer"
             )
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images uint8 [N, H, W, 3] -> the network's input, float32 [N, 3, H, W] on its device."""
         pixels = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         normalised: Tensor = (pixels.float() - self._mean) / self._std
         return normalised
@@ -265,7 +324,7 @@ class Backbone:
         def keep_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             taps["penultimate"] = inputs[0]
 
-        handle = self._module(self.head).register_forward_pre_hook(keep_input)
+        handle = self._layer(self.head).register_forward_pre_hook(keep_input)
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 self.module(x)
@@ -277,19 +336,28 @@ class Backbone:
             raise BackboneError(f"the input of {self.head!r} has shape {shape}; one vector per image is needed")
         return penultimate
 
-    @contextmanager
-    def _recording(self, path: str, into: dict[str, Tensor], *, wanted: bool) -> Iterator[None]:
+    def _with_early(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        taps: dict[str, Tensor] = {}
+
         def keep_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            into[path] = output.float()
+            taps["early"] = output.float()
 
-        handles = [self._module(path).register_forward_hook(keep_output)] if wanted else []
-        try:
-            yield
-        finally:
-            for handle in handles:
+        with self._one_at_a_time:
+            handle = self._layer(self.early).register_forward_hook(keep_output)
+            try:
+                penultimate = self._penultimate(self.normalised(images))
+            finally:
                 handle.remove()
+        return torch.addmm(self.bias, penultimate, self.weight.T), penultimate, taps.get("early")
 
-    def _module(self, path: str) -> nn.Module:
+    def _prepared(self, module: nn.Module) -> nn.Module:
+        # An unflattened export has neither mode and refuses nothing: its graph was recorded in eval mode.
+        module.train(False)
+        module.requires_grad_(False).to(self.device)
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # missing from torch's stubs
+        return module
+
+    def _layer(self, path: str) -> nn.Module:
         try:
             module: nn.Module = self.module.get_submodule(path)
             return module
@@ -333,6 +401,13 @@ class Backbone:
                 return candidate
         known = ", ".join(EARLY_CANDIDATES)
         raise TapNotFound(f"none of the usual early layers ({known}) exists here; name one with --early-layer")
+
+
+def _refuse_non_finite(logits: Tensor) -> None:
+    finite = torch.isfinite(logits).all(dim=1)
+    if not bool(finite.all()):
+        bad = int((~finite).nonzero()[0])
+        raise NonFiniteFeatures(f"the network gave NaN or infinity for image {bad} of the batch; check its weights")
 
 
 def _is_linear(module: nn.Module) -> bool:

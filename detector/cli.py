@@ -120,6 +120,12 @@ main.add_command(evaluate)
     help="What GROOD's is made of.",
 )
 @click.option("--ood-images", type=EXISTING, help="Images for `--ood-prototype images`; the only use of OOD data.")
+@click.option(
+    "--lowdim-parameters",
+    multiple=True,
+    metavar="NAME",
+    help="A parameter, or a module and all it holds, that `lowdim` looks at; repeat for more.  [all]",
+)
 @click.option("--per-class", is_flag=True, help="One threshold for each predicted class; needs --tune.")
 @click.option("--precision", "precisions", type=click.Choice(["fp32", "bf16"]), multiple=True, default=("fp32",))
 @click.option("--half-weights", is_flag=True, help="Round the weights to float16 first and store them so.")
@@ -143,6 +149,7 @@ def fit(
     also: tuple[str, ...],
     ood_prototype: str,
     ood_images: Path | None,
+    lowdim_parameters: tuple[str, ...],
     per_class: bool,
     precisions: tuple[Precision, ...],
     half_weights: bool,
@@ -186,6 +193,7 @@ def fit(
                 bank_size=bank_size,
                 generator=ood_prototype,
                 ood_images=None if ood_images is None else _pixels(open_dataset(ood_images, prepared)),
+                lowdim_parameters=lowdim_parameters,
             ),
             scores=_scores(also, tuned=tune is not None),
             policy=_policy(
@@ -201,6 +209,7 @@ def fit(
             device=_device(device),
             source=str(calibration),
             report=report,
+            resumed=lambda done: click.echo(f"resuming at {done:,} of {len(training):,} images", err=True),
         )
     click.echo(card(manifest))
 

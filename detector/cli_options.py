@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several commands of `oodgate` share: types of arguments, the device, the progress bar."""
+"""What several commands of `oodgate` share: types of arguments, the device, the progress."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 
 from detector.features import Report
 
+LINES = 50  # of progress
 FILE = click.Path(path_type=Path)
 EXISTING = click.Path(path_type=Path, exists=True)
 DEVICE = click.option("--device", default="auto", help="cpu, cuda, cuda:N or auto.")
@@ -19,6 +20,21 @@ DEVICE = click.option("--device", default="auto", help="cpu, cuda, cuda:N or aut
 
 @contextmanager
 def progress(total: int, label: str) -> Iterator[Report]:
-    """A bar on the standard error that is told how many more images are done."""
-    with click.progressbar(length=total, label=label, file=sys.stderr) as bar:
-        yield bar.update
+    """A bar on the standard error, or a line each 2 % where that is no terminal; told how many more images are done."""
+    if sys.stderr.isatty():
+        with click.progressbar(length=total, label=label, file=sys.stderr) as bar:
+            yield bar.update
+    else:
+        yield _lines(total, label)
+
+
+def _lines(total: int, label: str) -> Report:
+    done = 0
+
+    def report(images: int) -> None:
+        nonlocal done
+        before, done = done, done + images
+        if LINES * done // max(1, total) > LINES * before // max(1, total):
+            click.echo(f"{label} {done / total:4.0%}  {done:,} of {total:,} images", err=True)
+
+    return report

@@ -3,26 +3,32 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from detector import artifact as artifacts
 from detector.artifact import GOLDEN_TOLERANCE, Artifact, Manifest
-from detector.backbone import Backbone, Outputs, Precision, resolve_device
+from detector.backbone import Backbone, Outputs, Precision, Run, resolve_device
 from detector.errors import ArtifactCorrupt, ArtifactError, CalibrationError, GoldenMismatch
 from detector.features import bind
 from detector.images import Limits, Pixels, decode, image_ids
 from detector.networks import build, load_export
 from detector.policy import CalibrationScores, Decider, Grouping, Policy, Verdict
 from detector.scores import Score, registry, score_all
+from detector.staging import download
+
+log = logging.getLogger(__name__)
 
 Images = Pixels | Tensor | Sequence[bytes]
 BATCH = 64
@@ -72,7 +78,8 @@ class Detector:
         Args:
             path: a model directory.
             device: cpu, cuda, cuda:N, or auto: cuda where there is one.
-            precision: fp32, bf16, or auto: bf16 on cuda where it was calibrated, else fp32.
+            precision: fp32, bf16, or auto: bf16 where it is calibrated, the device multiplies in it and its golden
+                answers are met, else fp32.
 
         Raises:
             ArtifactNotFound, ArtifactCorrupt, SplitOverlap: see `artifact.load`.
@@ -82,18 +89,50 @@ class Detector:
         """
         artifact = artifacts.load(Path(path))
         target = resolve_device(device)
-        detector = cls.from_artifact(artifact, target, _chosen_precision(artifact.manifest, target, precision))
-        detector.self_test(artifact.golden)
-        return detector
+        *preferred, last = _candidates(artifact.manifest, target, precision)
+        for candidate in preferred:
+            try:
+                return cls._proven(artifact, target, candidate)
+            except GoldenMismatch as error:
+                log.warning("%s is left for %s: %s", candidate, last, error, extra={"model": artifact.manifest.name})
+        return cls._proven(artifact, target, last)
 
     @classmethod
-    def from_artifact(cls, artifact: Artifact, device: torch.device, precision: Precision) -> Self:
-        """Build a detector from an artifact in memory, without the golden self-test."""
+    def from_artifact(
+        cls, artifact: Artifact, device: torch.device, precision: Precision, module: nn.Module | None = None
+    ) -> Self:
+        """Build a detector from an artifact in memory, without the golden self-test.
+
+        `module` is its network, where that is in memory already.
+        """
         manifest = artifact.manifest
-        backbone = _backbone(artifact, device, precision)
+        backbone = _backbone(artifact, module, device, precision)
         scores = {name: registry()[name].from_state(_part(artifact.scores, name), backbone) for name in manifest.scores}
         bind(scores)
         return cls(manifest, backbone, scores, calibration_scores(artifact, precision), artifact.splits)
+
+    @classmethod
+    def _proven(cls, artifact: Artifact, device: torch.device, precision: Precision) -> Self:
+        detector = cls.from_artifact(artifact, device, precision)
+        detector.self_test(artifact.golden)
+        return_freed_memory()
+        return detector
+
+    def with_forward(self, forward: Run, moves: Mapping[str, float]) -> Self:
+        """The same model with its network in a compiled form.
+
+        Args:
+            forward: that form.
+            moves: by score, how far it may differ from the form that was calibrated; no tolerance becomes smaller.
+        """
+        precision = self.backbone.precision
+        known = self.manifest.score_tolerance[precision]
+        tolerance = {name: max(known.get(name, 0.0), move) for name, move in moves.items()}
+        manifest = self.manifest.model_copy(
+            update={"score_tolerance": self.manifest.score_tolerance | {precision: known | tolerance}}
+        )
+        backbone = self.backbone.with_forward(forward, "compiled")
+        return type(self)(manifest, backbone, self.fitted, self.calibration, self.splits)
 
     @cached_property
     def scores_without_backward(self) -> tuple[str, ...]:
@@ -135,7 +174,8 @@ class Detector:
     def scores(self, outputs: Outputs, names: Sequence[str] | None = None) -> dict[str, NDArray[np.float64]]:
         """Scores float64 [N] by name, larger = more OOD; all that need no backward pass where none are named."""
         chosen = self.scores_without_backward if names is None else names
-        return {name: values.cpu().numpy() for name, values in score_all(self.fitted, chosen, outputs).items()}
+        computed = score_all(self.fitted, chosen, outputs)
+        return {name: values.numpy() for name, values in zip(computed, download([*computed.values()]), strict=True)}
 
     def verdicts(self, images: Images) -> list[Verdict]:
         """Verdicts, one an image; arguments and errors as for `outputs`."""
@@ -212,25 +252,59 @@ def calibration_scores(artifact: Artifact, precision: Precision) -> CalibrationS
     return CalibrationScores(grouping, split)
 
 
-def _backbone(artifact: Artifact, device: torch.device, precision: Precision) -> Backbone:
-    manifest = artifact.manifest
-    taps = {"head": manifest.head, "early": manifest.early}
+def network_of(artifact: Artifact) -> nn.Module:
+    """The network that an artifact carries, with its weights."""
     if artifact.export is not None:
-        module = load_export(artifact.export, artifacts.EXPORT)
-    elif artifact.weights is not None:
-        module = build(manifest.network)
-        module.load_state_dict(artifact.weights)
-    else:
+        return load_export(artifact.export, artifacts.EXPORT)
+    if artifact.weights is None:
         raise ArtifactCorrupt("the artifact holds neither backbone.safetensors nor backbone.pt2")
-    return Backbone(module, manifest.preprocessing, device=device, precision=precision, **taps)
+    module = build(artifact.manifest.network)
+    module.load_state_dict(artifact.weights)
+    return module
 
 
-def _chosen_precision(manifest: Manifest, device: torch.device, asked: str) -> Precision:
+def _backbone(artifact: Artifact, module: nn.Module | None, device: torch.device, precision: Precision) -> Backbone:
+    manifest = artifact.manifest
+    rebuild = partial(network_of, artifact)
+    backbone = Backbone(
+        rebuild() if module is None else module,
+        manifest.preprocessing,
+        head=manifest.head,
+        early=manifest.early,
+        device=device,
+        precision=precision,
+        rebuild=rebuild if module is None else None,
+    )
+    backbone.release()
+    return backbone
+
+
+def return_freed_memory() -> None:
+    """Give the system back what building a model and its first passes have freed, which glibc would keep."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices in bfloat16: every CUDA device, and CPUs with AVX512_BF16, AMX or Arm's.
+
+    A rule rather than a measurement: replicas on the same hardware must decide alike, whatever their neighbours do
+    while they start.
+    """
+    able: dict[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # from torch 2.12 on; before it, fp32 is never wrong
+    return device.type == "cuda" or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _candidates(manifest: Manifest, device: torch.device, asked: str) -> list[Precision]:
+    """Precisions to try, best first; never empty."""
     if asked == "auto":
-        return "bf16" if device.type == "cuda" and "bf16" in manifest.precisions else "fp32"
+        calibrated: list[Precision] = [name for name in ("bf16", "fp32") if name in manifest.precisions]
+        return calibrated if fast_in_bfloat16(device) else calibrated[-1:]
     for precision in manifest.precisions:
         if precision == asked:
-            return precision
+            return [precision]
     raise ArtifactError(f"precision {asked} was never calibrated; this artifact has {', '.join(manifest.precisions)}")
 
 

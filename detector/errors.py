@@ -10,7 +10,8 @@
     ├── BackboneError                    a network that cannot be used as asked
     │   ├── UnknownBackbone              the spec names none we can build
     │   ├── UnsafeArchive                a .pt2 whose archive names a pickled payload
-    │   └── TapNotFound                  no last linear layer, or no layer of that name
+    │   ├── TapNotFound                  no last linear layer, or no layer of that name
+    │   └── WeightsMismatch              not the weights that were calibrated
     ├── DataError (ValueError)           a data set that cannot be used as asked
     │   ├── ClassOrderMismatch           the labels do not follow the order of the network's outputs
     │   └── EmptyClass                   a class without images
@@ -101,6 +102,12 @@ class TapNotFound(BackboneError, LookupError):
     """The network has no layer of that name, or no last linear layer."""
 
     code = "tap_not_found"
+
+
+class WeightsMismatch(BackboneError, ValueError):
+    """A network in memory has other weights than the one that was calibrated."""
+
+    code = "weights_mismatch"
 
 
 class DataError(OodgateError, ValueError):

@@ -116,6 +116,7 @@ def fit_scores(
     *,
     workdir: Path | None = None,
     report: Report = silent,
+    resumed: Report = silent,
 ) -> tuple[dict[str, Score], Tensor]:
     """Fit scores in one pass over labelled images.
 
@@ -126,6 +127,7 @@ def fit_scores(
         options: what every score is told.
         workdir: where progress is kept; a pass that was interrupted goes on from there. None keeps none.
         report: told of images done.
+        resumed: told how many images an interrupted pass had done, where one goes on.
 
     Returns:
         the fitted scores by name, and the ids int64 [N] of the images they were fitted on.
@@ -135,7 +137,9 @@ def fit_scores(
     gatherers = _shared(scores.values())
     progress = Progress(workdir, _fit_key(backbone, dataset, options, sorted(gatherers))) if workdir else None
     done, ids = progress.load(gatherers) if progress else (0, torch.zeros(0, dtype=torch.int64))
-    report(done)
+    if done:
+        resumed(done)
+        report(done)
     early = any(gatherer.needs.early for gatherer in gatherers.values())
     inputs = any(gatherer.needs.inputs for gatherer in gatherers.values())
     for outputs, labels in stream(backbone, dataset, start=done, early=early, inputs=inputs):

@@ -67,6 +67,7 @@ def fit(
     device: str = "cpu",
     source: str = "",
     report: Report = silent,
+    resumed: Report = silent,
 ) -> Manifest:
     """Fit, calibrate, measure and write a model directory.
 
@@ -88,6 +89,7 @@ def fit(
         device: where to compute.
         source: what to call the calibration images in the model card.
         report: told of images done.
+        resumed: told how many images an interrupted fit had done, where one goes on.
 
     Returns:
         the manifest as written.
@@ -109,7 +111,7 @@ def fit(
     backbone.check_resume(torch.from_numpy(next(batches(train, 8)).images))
     options = replace(options or FitOptions(), num_classes=backbone.num_classes)
     workdir = out.with_name(f"{out.name}.fit.partial")
-    fitted, fit_ids = fit_scores(names, backbone, train, options, workdir=workdir, report=report)
+    fitted, fit_ids = fit_scores(names, backbone, train, options, workdir=workdir, report=report, resumed=resumed)
     splits = {"fit": sorted_ids(fit_ids)}
     grouping = Grouping.single(backbone.num_classes)
     if tune is not None:

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from detector.errors import DataError
 
@@ -33,7 +32,9 @@ LEVEL = 0.95
 
 def auroc(id_scores: Scores, ood_scores: Scores) -> float:
     """Probability that an OOD image scores above an in-distribution one, ties counting half."""
-    ranks = stats.rankdata(np.concatenate([id_scores, ood_scores]))
+    from scipy.stats import rankdata  # here: it takes 46 MB and 0.4 s, and a server never measures an AUROC
+
+    ranks = rankdata(np.concatenate([id_scores, ood_scores]))
     n_id, n_ood = len(id_scores), len(ood_scores)
     return float((ranks[n_id:].sum() - n_ood * (n_ood + 1) / 2) / (n_id * n_ood))
 

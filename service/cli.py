@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 import resource
 import secrets
 from pathlib import Path
@@ -16,7 +18,9 @@ from pydantic_core import ErrorDetails
 from service import logs
 from service.app import create_app
 from service.server import Server, configured
-from service.settings import Settings
+from service.settings import Settings, unknown_variables
+
+log = logging.getLogger(__name__)
 
 MOST_FILES = 65_536
 
@@ -34,6 +38,8 @@ def serve(**flags: Any) -> None:
     except ValidationError as error:
         raise click.UsageError("; ".join(map(_told, error.errors()))) from error
     logs.configure(settings.log_level)
+    if unknown := unknown_variables(os.environ):
+        log.warning("ignored variables that are no settings: %s", ", ".join(unknown))
     app = create_app(settings)
     server = Server(
         configured(app, settings.host, settings.port, settings.shutdown_grace_s),

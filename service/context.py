@@ -15,6 +15,7 @@ from service.metrics import Metrics
 from service.registry import Registry
 from service.security import Tokens
 from service.settings import Settings
+from service.watch import Watch
 
 
 class Lifecycle:
@@ -39,9 +40,10 @@ class Context:
     tokens: Tokens
     lifecycle: Lifecycle
     audit: Audit | NoAudit
+    watch: Watch
 
 
-def _context(request: Request) -> Context:
+async def _context(request: Request) -> Context:  # a plain function would be sent through a thread
     context: Context = request.app.state.context
     return context
 

@@ -20,6 +20,7 @@ OodgateError
     ├── NotReady                  503  no model is loaded, or the server is stopping
     ├── EngineLost                503  the inference thread has ended
     └── DeadlinePassed            504  not answered within OODGATE_REQUEST_TIMEOUT_S
+    (DriftStateMismatch is a child of OodgateError itself: no request is answered with it)
 """
 
 from __future__ import annotations
@@ -191,3 +192,13 @@ class DeadlinePassed(ServiceError):
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"not answered within {seconds:g} s. Send less at once, or raise OODGATE_REQUEST_TIMEOUT_S.")
+
+
+class DriftStateMismatch(OodgateError):
+    """A stored drift state does not belong to this model, policy, calibration or release; `reason` names which."""
+
+    code = "drift_state_mismatch"
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"the stored drift state cannot be used: {detail}. The tests start anew.")
+        self.reason = reason

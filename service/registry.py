@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from detector.artifact import MANIFEST
-from detector.detector import Detector
+from detector.detector import Detector, return_freed_memory
 from detector.errors import ArtifactCorrupt, ArtifactNotFound, OodgateError, ScoreError
 from detector.policy import Policy
+from detector.settling import ForwardState, Settling
 from service.engine import ServedModel, buckets, warm_up
 from service.errors import ModelNotFound
 from service.metrics import Metrics
 from service.policies import Policies
 from service.settings import Settings
+from service.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +48,16 @@ class Registry:
     Args:
         settings: where the models lie, and how to run them.
         metrics: told of every load.
+        watch: told which model and policy decides from now on.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self._settings, self._metrics = settings, metrics
+    def __init__(self, settings: Settings, metrics: Metrics, watch: Watch) -> None:
+        self._settings, self._metrics, self._watch = settings, metrics, watch
         self._policies = Policies(settings.state_dir)
         self._models: dict[str, ServedModel] = {}
         self._failures: dict[str, LoadFailure] = {}
         self._tried: dict[Path, int] = {}  # by manifest: when the file was last changed
+        self._settling: dict[str, Settling] = {}
         self._one_change = asyncio.Lock()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
@@ -70,7 +74,7 @@ class Registry:
                 f"{self._settings.models} holds no model (NAME/NUMBER/manifest.json); give the folder with --models"
             )
         for directory in found:
-            self._serve(self._load(directory))
+            self._take(self._load(directory), directory)
         if self._settings.default_model and self._settings.default_model not in self._models:
             raise ArtifactNotFound(f"OODGATE_DEFAULT_MODEL {self._settings.default_model!r} is not in {self.names}")
 
@@ -97,6 +101,17 @@ class Registry:
         if version is not None and version != served:
             raise ModelNotFound(f"version {version!r} of {name!r} is not loaded; version {served} is")
         return model
+
+    def settle(self) -> None:
+        """Begin to make the faster forward of every loaded model; called on the event loop."""
+        self._loop = asyncio.get_running_loop()
+        for settling in self._settling.values():
+            settling.start()
+
+    def forward(self, name: str) -> ForwardState:
+        """Which forward of a model is in force, and whether it stays so. Raises ModelNotFound."""
+        self.get(name)
+        return self._settling[name].state
 
     def failure(self, name: str) -> LoadFailure | None:
         """Why the last attempt to load another version of a model failed, if it did."""
@@ -125,9 +140,12 @@ class Registry:
         """Serve a model no more. Raises ModelNotFound where it is not loaded."""
         async with self._one_change:
             model = self.get(name)
-            self._metrics.retire(model.detector.manifest.name)
+            self._watch.end(name)
+            self._metrics.retire(name)
             self._models = {other: served for other, served in self._models.items() if other != name}
             self._failures.pop(name, None)
+            settling = self._settling.pop(name)
+        await self._aside(settling.close)
         log.info("model unloaded", extra={"model": name, "version": model.detector.manifest.version})
 
     async def set_policy(self, name: str, policy: Policy, changed_by: str) -> ServedModel:
@@ -163,8 +181,10 @@ class Registry:
                 log.error("a new version cannot be served: %s", error, extra={"code": error.code})
 
     def close(self) -> None:
-        """End the thread that loads."""
+        """End what loads and what compiles."""
         self._loader.shutdown(wait=False, cancel_futures=True)
+        for settling in self._settling.values():
+            settling.close()
 
     async def _replace(self, directory: Path) -> ServedModel:
         name = directory.parent.name
@@ -175,7 +195,11 @@ class Registry:
                 self._failures[name] = LoadFailure(directory.name, error.code, str(error))
                 raise
             self._failures.pop(name, None)
-            self._serve(model)
+            before = self._settling.get(name)
+            self._take(model, directory)
+            self._settling[name].start()
+        if before is not None:
+            await self._aside(before.close)
         return model
 
     async def _aside(self, work: Callable[[], T]) -> T:
@@ -195,6 +219,7 @@ class Registry:
             stored = self._policies.read(manifest.name, manifest.model_digest)
             model = self._under(own, stored or manifest.policy)
             warm_up(model, buckets(settings.max_batch))
+            return_freed_memory()
         except OodgateError:
             self._metrics.model_loads.labels("failure").inc()
             raise
@@ -217,10 +242,30 @@ class Registry:
             )
         return replace(model, decider=decider)
 
+    def _take(self, model: ServedModel, directory: Path) -> None:
+        """Serve a model that was just loaded, eagerly, until its faster forward is proven."""
+        settings = self._settings
+        compiled = settings.state_dir / "compile" if settings.compile == "auto" else None
+        name = model.detector.manifest.name
+        self._settling[name] = Settling(model.detector, directory, compiled, partial(self._hand_over, model.detector))
+        self._serve(model)
+
+    def _hand_over(self, eager: Detector, settled: Detector) -> None:
+        """Told on the thread that settled: warm the faster form, then let the event loop take it."""
+        warm_up(ServedModel(settled, settled.decider), buckets(self._settings.max_batch))
+        self._loop.call_soon_threadsafe(self._replace_forward, eager, settled)
+
+    def _replace_forward(self, eager: Detector, settled: Detector) -> None:
+        name = eager.manifest.name
+        model = self._models.get(name)
+        if model is not None and model.detector is eager:  # else another version came in the meantime
+            self._serve(replace(model, detector=settled))
+
     def _serve(self, model: ServedModel) -> None:
         manifest, backbone = model.detector.manifest, model.detector.backbone
         self._metrics.retire(manifest.name)
         self._metrics.announce(manifest, model.decider, str(backbone.device), backbone.precision)
+        self._watch.begin(model)
         self._models = self._models | {manifest.name: model}
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from detector.policy import Decision, Policy, Reason
 from service.engine import ServedModel
 from service.judging import Judged
-from service.registry import LoadFailure
+from service.registry import Registry
 
 
 class ModelRef(BaseModel):
@@ -99,8 +99,8 @@ class CalibrationBody(BaseModel):
 class ForwardBody(BaseModel):
     device: str
     precision: str
-    mode: str
-    settled: bool
+    mode: str = Field(description="eager, or compiled.")
+    settled: bool = Field(description="Whether it stays so; until then a faster form is being made and proven.")
 
 
 class FailedUpdate(BaseModel):
@@ -154,10 +154,10 @@ def verdict_body(judged: Judged, model: ServedModel, request_id: str, *, evidenc
     return body
 
 
-def model_card(model: ServedModel, failure: LoadFailure | None = None) -> ModelCard:
+def model_card(registry: Registry, name: str) -> ModelCard:
     """What a model is, what calibrated it and what that promises; and why an update of it failed."""
+    model, failure = registry.get(name), registry.failure(name)
     manifest, decider = model.detector.manifest, model.decider
-    backbone = model.detector.backbone
     return ModelCard(
         name=manifest.name,
         version=manifest.version,
@@ -178,7 +178,7 @@ def model_card(model: ServedModel, failure: LoadFailure | None = None) -> ModelC
             expected_acceptance_interval=decider.expected_acceptance(),
             promise=promise(decider.policy, decider.calibration.grouping.names),
         ),
-        forward=ForwardBody(device=str(backbone.device), precision=backbone.precision, mode="eager", settled=True),
+        forward=ForwardBody(**asdict(registry.forward(name))),
         report=manifest.report,
         failed_update=None if failure is None else FailedUpdate(**asdict(failure)),
     )

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, Self
 
@@ -45,6 +47,10 @@ class Settings(BaseSettings):
         default=64 * 2**20, ge=2**10, description="Size of an audit file before it is set aside."
     )
     audit_keep: int = Field(default=15, ge=1, description="Audit files kept beside the one being written.")
+    thin_s: float = Field(
+        default=0.0, ge=0, description="Drift tests see one image a source in so many seconds; 0: every image."
+    )
+    source_labels: int = Field(default=20, ge=1, le=1000, description="Sources with a series of their own.")
     expose: Literal["all", "decision"] = Field(
         default="all", description="decision: scores and p-values are for the admin alone."
     )
@@ -53,6 +59,9 @@ class Settings(BaseSettings):
     )
     device: str = Field(default="auto", description="cpu, cuda, cuda:N or auto.")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="A calibrated precision, or auto.")
+    compile: Literal["auto", "off"] = Field(
+        default="auto", description="auto: make a compiled forward beside the server where there is a C++ compiler."
+    )
     shadow_scores: tuple[str, ...] | None = Field(
         default=None, description="JSON list of scores beside the deciding one."
     )
@@ -111,3 +120,17 @@ class Settings(BaseSettings):
     def limits(self) -> Limits:
         """What one image may cost."""
         return Limits(max_bytes=self.max_body_bytes, max_pixels=self.max_pixels)
+
+
+def unknown_variables(environment: Iterable[str]) -> list[str]:
+    """The names in an environment that look like settings and are none, each with the setting it may mean."""
+    prefix = str(Settings.model_config["env_prefix"])
+    known = [name.upper() for name in Settings.model_fields]
+    named = {name: name.upper().removeprefix(prefix) for name in environment if name.upper().startswith(prefix)}
+    return [_with_suggestion(name, known) for name in sorted(named) if named[name] not in known]
+
+
+def _with_suggestion(name: str, known: list[str]) -> str:
+    prefix = str(Settings.model_config["env_prefix"])
+    close = get_close_matches(name.upper().removeprefix(prefix), known, n=1)
+    return f"{name} (did you mean {prefix}{close[0]}?)" if close else name

@@ -28,6 +28,7 @@ def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What servers remember, those in processes of their own too, lies outside the project."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OODGATE_STATE_DIR", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("OODGATE_COMPILE", "off")  # or every server of every test would start a compiler
         yield
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detector.artifact import Manifest
-from detector.backbone import Backbone
+from detector.backbone import Backbone, Precision
 from detector.cifar_resnet import CifarResNet18
 from detector.data import ArrayDataset
 from detector.features import collect
@@ -72,7 +73,7 @@ def toy_network() -> Network:
     return Network(module, CIFAR_PREPROCESSING, TOY_CLASSES, spec=TOY_SPEC)
 
 
-def toy_model(out: Path, *, policy: Policy | None = None) -> Manifest:
+def toy_model(out: Path, *, policy: Policy | None = None, precisions: Sequence[Precision] = ("fp32",)) -> Manifest:
     """A whole model directory, made in a second."""
     return fit(
         toy_network(),
@@ -83,6 +84,7 @@ def toy_model(out: Path, *, policy: Policy | None = None) -> Manifest:
         test=toy_dataset(200, seed=4),
         options=FitOptions(num_classes=len(TOY_CLASSES), bank_size=200, mixup_images=40),
         policy=policy or Policy(),
+        precisions=precisions,
     )
 
 

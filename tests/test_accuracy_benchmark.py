@@ -151,6 +151,9 @@ def test_ours_and_theirs_rank_real_features_alike() -> None:
     result = compare.compare(backbone, found, compare.OURS, ("ash",))
     gaps = {name: result["scores"][name]["near"]["ours_minus_aligned"] for name in compare.OURS}
     assert max(map(abs, gaps.values())) < 0.01, gaps
+    for name in ("gen", "mds"):
+        row = result["scores"][name]["near"]
+        assert abs(row["ours_their_way"] - row["aligned"]) < 2e-4, (name, row)
     assert "ours" not in result["scores"]["ash"]["near"]
     assert "ash" in compare.table(result)
 

@@ -4,8 +4,8 @@
 python -m benchmarks.accuracy.compare --network resnet20
 
 Writes results/rivals-NETWORK.json: AUROC in 0-1 by score and OOD set, of ours, of theirs with our parameters
-(`aligned`) and of theirs with their own (`defaults`); the unweighted means of the near and far sets, and our AUROC
-minus theirs there.
+(`aligned`), of theirs with their own (`defaults`), and of `gen` and `mds` of ours under their convention
+(`ours_their_way`); the unweighted means of the near and far sets, and our AUROC minus theirs there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.accuracy.conventions import our_scores_their_way
 from benchmarks.accuracy.networks import NETWORKS, load
 from benchmarks.accuracy.rivals import ALIGNED, DEFAULTS, Values, installed, rival_scores
 from benchmarks.accuracy.sets import Sets, load_sets
@@ -55,7 +56,11 @@ def compare(backbone: Backbone, sets: Sets, names: tuple[str, ...], theirs_only:
     features = {name: found.outputs.penultimate.cpu() for name, found in measured.items()}
     fitted_on = train.outputs.penultimate.cpu(), torch.from_numpy(train.labels)
     last = backbone.weight.cpu(), backbone.bias.cpu()
-    sides = {"ours": _rows(our_scores(backbone, train, measured, names))}
+    outputs = {name: found.outputs for name, found in measured.items()}
+    sides = {
+        "ours": _rows(our_scores(backbone, train, measured, names)),
+        "ours_their_way": _rows(our_scores_their_way(train.outputs, fitted_on[1], outputs, names)),
+    }
     for side, parameters in (("aligned", ALIGNED), ("defaults", DEFAULTS)):
         wanted = (*names, *theirs_only)
         sides[side] = _rows(rival_scores(*fitted_on, *last, features, parameters=parameters, names=wanted))

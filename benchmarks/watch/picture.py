@@ -111,7 +111,7 @@ def draw(watching: Stack, began: float, ended: float) -> None:
     )
     with io.BytesIO() as drawn:
         figure.savefig(drawn, dpi=80)
-        Image.open(drawn).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(OUT, optimize=True)
+        Image.open(drawn).convert("P", palette=Image.Palette.ADAPTIVE, colors=256).save(OUT, optimize=True)
     print(f"{OUT.name}: {OUT.stat().st_size / 1000:.0f} kB")
 
 

@@ -143,7 +143,7 @@ class Score(ABC):
         """
         if not len(outputs):
             return outputs.logits.new_zeros(0, dtype=torch.float64)
-        if not bool(torch.isfinite(outputs.penultimate).all() & torch.isfinite(outputs.logits).all()):
+        if not outputs.once("finite", lambda: _finite(outputs)):
             raise NonFiniteFeatures(f"{self.name} was given NaN or infinity; check the network's weights")
         return self._score(outputs).double()
 
@@ -177,6 +177,10 @@ class Score(ABC):
             setattr(self, name, state[name].to(backbone.device))
         self._attach(backbone)
         return self
+
+
+def _finite(outputs: Outputs) -> bool:
+    return bool(torch.isfinite(outputs.penultimate).all() & torch.isfinite(outputs.logits).all())
 
 
 S = TypeVar("S", bound=type[Score])

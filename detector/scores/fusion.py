@@ -27,8 +27,9 @@ STEEPEST = 1e200
 
 
 def score_all(scores: Mapping[str, Score], names: Sequence[str], outputs: Outputs) -> dict[str, Tensor]:
-    """The named scores, float64 [N] each; the members of a fusion are computed once."""
+    """The named scores, float64 [N] each; members of a fusion, and what scores share, are computed once."""
     known: dict[str, Tensor] = {}
+    outputs = outputs.sharing()
 
     def value(name: str) -> Tensor:
         if name not in known:
@@ -53,6 +54,12 @@ class NormalMap:
 
     def __init__(self, scores: Tensor, normal: Tensor, slopes: Tensor) -> None:
         self.scores, self.normal, self.slopes = scores, normal, slopes
+        # Line i is the one for values with i scores at or below them: where it starts, and how it rises over its run.
+        one = scores.new_ones(1)
+        starts = torch.stack([torch.cat([part[:1], part]) for part in (scores, normal)], dim=1)
+        runs = torch.cat([one, scores.diff(), one])
+        rises = torch.cat([slopes[:1], normal.diff(), slopes[1:]])
+        self._lines = torch.column_stack([starts, runs, rises])
 
     @classmethod
     def fit(cls, tune: NDArray[np.float64]) -> NormalMap:
@@ -65,17 +72,8 @@ class NormalMap:
 
     def __call__(self, values: Tensor) -> Tensor:
         """z, float64 [N], of scores float64 [N]."""
-        scores, normal = self.scores, self.normal
-        low, high = self.slopes
-        if len(scores) > 1:
-            left = (torch.searchsorted(scores, values, right=True) - 1).clamp(0, len(scores) - 2)
-            share = (values - scores[left]) / (scores[left + 1] - scores[left])
-            inside = normal[left] + share * (normal[left + 1] - normal[left])
-        else:
-            inside = normal.expand(len(values))
-        below = normal[0] + low * (values - scores[0])
-        above = normal[-1] + high * (values - scores[-1])
-        return torch.where(values < scores[0], below, torch.where(values > scores[-1], above, inside))
+        start, normal, run, rise = self._lines[torch.searchsorted(self.scores, values, right=True)].unbind(dim=1)
+        return normal + (values - start) / run * rise
 
     def state(self) -> State:
         return {"scores": self.scores, "normal": self.normal, "slopes": self.slopes}

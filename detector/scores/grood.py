@@ -14,6 +14,7 @@ our own forms.
 
 from __future__ import annotations
 
+import hashlib
 from typing import ClassVar, Self
 
 import torch
@@ -23,10 +24,10 @@ from detector.backbone import Backbone, Outputs
 from detector.errors import ScoreError
 from detector.scores.base import Gatherer, Score, State, register
 from detector.scores.gather import ClassSums, CorrectFeatures, EarlyMaps, Scatter
-from detector.scores.nearest import CHUNK_CELLS, exact_distances
+from detector.scores.nearest import CHUNK_CELLS, close, exact_distances, products
 
-CANDIDATES = 16  # found in float32, then measured in float64
 ROUNDING = 1e-5  # of a squared distance in float32, in units of the squared gradient
+LONGEST = 1e8  # of a gradient of the bank, in units of an image's; one so long is never the nearest
 SAFE_NORM = 1e-30  # a float32 gradient this short still has its direction
 GENERATORS = ("mixup", "noise", "prototype_mean", "images")
 OUR_MIXUP = 0.8  # lambda of our own forms
@@ -47,8 +48,10 @@ def grood_gradient(features: Tensor, prototypes: Tensor, ood_prototype: Tensor) 
         unit direction float64 [N, D] and log pi_q float64 [N]; the gradient is exp(log pi_q) x direction.
     """
     h, q = features.double(), ood_prototype.double()
-    anchors = torch.vstack([prototypes.double(), q])
-    distances = exact_distances(h, anchors)
+    return _gradient(h, q, exact_distances(h, torch.vstack([prototypes.double(), q])))
+
+
+def _gradient(h: Tensor, q: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
     log_pi = torch.log_softmax(-distances, dim=1)[:, -1]
     direction = (h - q) / distances[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
     return direction, log_pi
@@ -90,8 +93,28 @@ class GroodFamily(Score):
         share = options.mixup_coefficient if self.mixup_coefficient is None else self.mixup_coefficient
         return means, self.got(EarlyMaps).mean_of_mixed(backbone, share)
 
+    def _attach(self, backbone: Backbone) -> None:
+        self._anchors = torch.vstack([self.prototypes, self.ood_prototype]).double()
+        self._space = self._digest()
+
+    def _digest(self) -> str:
+        """The same for forms that compare the same features with the same prototypes."""
+        space = [getattr(self, name) for name in ("prototypes", "ood_prototype", "whitening") if name in self.tensors]
+        digest = hashlib.sha256()
+        for part in space:
+            digest.update(part.contiguous().cpu().numpy())
+        return digest.hexdigest()
+
+    def _placed(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
+        """Features in the space of the prototypes, [N, D], and distances to the prototypes and the last, [N, C + 1]."""
+
+        def place() -> tuple[Tensor, Tensor]:
+            h = self._compared(outputs.penultimate)
+            return h, exact_distances(h, self._anchors)
+
+        return outputs.once(self._space, place)
+
     def _compared(self, features: Tensor) -> Tensor:
-        """Features in the space of the prototypes."""
         return features.double()
 
 
@@ -179,34 +202,33 @@ class Grood(GroodFamily):
 
     def _attach(self, backbone: Backbone) -> None:
         super()._attach(backbone)
-        norms = torch.linalg.vector_norm(self.bank, dim=1, dtype=torch.float64)
-        norms = norms.clamp_min(torch.finfo(torch.float64).tiny)
+        tiny = torch.finfo(self.bank.dtype).tiny  # a row of zeros has no direction
+        largest = self.bank.abs().amax(dim=1, keepdim=True).clamp_min(tiny)  # whose squares may underflow
+        norms = (largest[:, 0] * torch.linalg.vector_norm(self.bank / largest, dim=1)).clamp_min(tiny).double()
         self._bank_directions = self.bank.div(norms.to(self.bank.dtype)[:, None]).float()
         self._bank_log_pi = norms.log()
+        self._longest = self._bank_log_pi.max()
+        lengths = (self._bank_log_pi - self._longest).exp()[:, None]
+        self._bank_lengths = lengths.float() if float(lengths.min()) > SAFE_NORM else lengths
 
     def _score(self, outputs: Outputs) -> Tensor:
         queries = max(1, CHUNK_CELLS // len(self.bank))
-        parts = [self._nearest(self._compared(features)) for features in torch.split(outputs.penultimate, queries)]
-        return torch.cat(parts)
+        parts = zip(*(torch.split(part, queries) for part in self._placed(outputs)), strict=True)
+        return torch.cat([self._nearest(*_gradient(h, self._anchors[-1], distances)) for h, distances in parts])
 
-    def _nearest(self, features: Tensor) -> Tensor:
-        direction, log_pi = grood_gradient(features, self.prototypes, self.ood_prototype)
+    def _nearest(self, direction: Tensor, log_pi: Tensor) -> Tensor:
         # The nearest is no farther than ||g|| + the shortest gradient of the bank; in units of the longer of the two,
         # nothing that matters overflows or vanishes in float32, and ||g - b||^2 = own^2 + theirs^2 - 2 own theirs cos.
         unit = torch.maximum(log_pi, self._bank_log_pi.min())
-        own = (log_pi - unit).exp().float()[:, None]
-        theirs = (self._bank_log_pi - unit[:, None]).clamp_max(20).exp().float()
-        cosine = direction.float() @ self._bank_directions.T
-        key = theirs * (theirs - 2 * own * cosine)
-        near = key.topk(min(CANDIDATES, len(self.bank)), largest=False)
-        nearest = self._exact(direction, log_pi, unit, near.indices)
-        # Proven where even the last candidate is farther than the nearest found; else measure all.
-        last = near.values[:, -1].double() + own[:, 0].double().square()
-        unsure = (last <= nearest.square() + ROUNDING).nonzero().flatten() if len(self.bank) > CANDIDATES else []
-        everything = torch.arange(len(self.bank), device=self.bank.device)
-        for query in unsure:
-            one = slice(int(query), int(query) + 1)
-            nearest[one] = self._exact(direction[one], log_pi[one], unit[one], everything[None])
+        own = (log_pi - unit).exp()[:, None]
+        theirs = (self._bank_lengths * (self._longest - unit).exp().to(self._bank_lengths)).float().clamp_max_(LONGEST)
+        key = products(self._bank_directions, (-2 * own * direction).float()).add_(theirs).mul_(theirs)
+        # Whatever float32 cannot tell from the nearest is measured in float64.
+        nearest = torch.full_like(log_pi, torch.inf)
+        cells = max(1, CHUNK_CELLS // direction.shape[1])
+        for row, query in zip(*(torch.split(part, cells) for part in close(key, 2 * ROUNDING)), strict=True):
+            found = self._exact(direction[query], log_pi[query], unit[query], row[:, None])
+            nearest.scatter_reduce_(0, query, found, "amin")
         return nearest * unit.exp()
 
     def _exact(self, direction: Tensor, log_pi: Tensor, unit: Tensor, candidates: Tensor) -> Tensor:
@@ -253,7 +275,8 @@ class GroodNorm(GroodFamily):
         return {"prototypes": prototypes.float(), "ood_prototype": ood_prototype.float()}
 
     def _score(self, outputs: Outputs) -> Tensor:
-        direction, log_pi = grood_gradient(outputs.penultimate, self.prototypes, self.ood_prototype)
+        h, distances = self._placed(outputs)
+        direction, log_pi = _gradient(h, self._anchors[-1], distances)
         return log_pi.exp() * direction.abs().sum(dim=1)
 
 
@@ -268,8 +291,7 @@ class GroodMargin(GroodNorm):
     mixup_coefficient: ClassVar[float | None] = OUR_MIXUP
 
     def _score(self, outputs: Outputs) -> Tensor:
-        h = self._compared(outputs.penultimate)
-        distances = exact_distances(h, torch.vstack([self.prototypes, self.ood_prototype]).double())
+        _, distances = self._placed(outputs)
         return distances[:, :-1].amin(dim=1) - distances[:, -1]
 
 

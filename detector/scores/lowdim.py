@@ -19,7 +19,7 @@ from detector.errors import EmptyClass
 from detector.scores.base import Gatherer, Score, State, register
 from detector.scores.gather import Features
 from detector.scores.logit import energy
-from detector.scores.nearest import CHUNK_CELLS, unit_rows
+from detector.scores.nearest import CHUNK_CELLS, products, smallest, unit_rows
 from detector.scores.subspace import Blocks, Subspace, WhitenedRows, class_averages, principal, refuse_large
 
 COLUMNS = 200
@@ -73,9 +73,9 @@ class Neighbours(LowDimScore):
 
     def _distance(self, queries: Tensor) -> Tensor:
         wanted = min(NEIGHBOURS, len(self.bank))
-        found = (queries.float() @ self.bank.T).topk(min(CANDIDATES, len(self.bank)), dim=1).indices
-        distances = torch.linalg.vector_norm(queries[:, None] - self.bank[found].double(), dim=2)
-        nearest: Tensor = distances.kthvalue(wanted, dim=1).values
+        _, found = smallest(products(self.bank, -queries.float()), min(CANDIDATES, len(self.bank)))
+        distances = torch.linalg.vector_norm(queries - self.bank[found].double(), dim=2)
+        nearest: Tensor = distances.kthvalue(wanted, dim=0).values
         return nearest
 
 

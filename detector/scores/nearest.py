@@ -14,6 +14,8 @@ from detector.scores.gather import Features
 
 NEIGHBOURS = 50
 CHUNK_CELLS = 2**22  # queries x bank rows held at a time
+GROUP = 8  # keys of which first only the smallest is looked at
+FEW = 4  # queries for which the plain product is the faster
 
 
 @register
@@ -38,14 +40,61 @@ class Knn(Score):
         return torch.cat([self._kth(unit_rows(part)) for part in torch.split(outputs.penultimate, queries)])
 
     def _kth(self, queries: Tensor) -> Tensor:
-        found = (queries.float() @ self.bank.T).topk(min(NEIGHBOURS, len(self.bank)), dim=1).indices
-        distance: Tensor = torch.linalg.vector_norm(queries - self.bank[found[:, -1]].double(), dim=1)
+        _, found = smallest(products(self.bank, -queries.float()), min(NEIGHBOURS, len(self.bank)))
+        distance: Tensor = torch.linalg.vector_norm(queries - self.bank[found[-1]].double(), dim=1)
         return distance
 
 
 def unit_rows(rows: Tensor) -> Tensor:
     """Rows scaled to length one, float64; a row of zeros stays."""
     return torch.nn.functional.normalize(rows.double(), dim=1, eps=1e-10)
+
+
+def products(rows: Tensor, queries: Tensor) -> Tensor:
+    """Inner products, float32 [B, N] with the queries next to each other, of rows [B, D] and queries [N, D]."""
+    if rows.device.type != "cpu" or len(queries) < FEW or not _has_onednn():
+        return rows @ queries.T
+    # A 1 x 1 convolution is the same product, but oneDNN's: twice as fast as MKL's where MKL does not use AVX-512 (on
+    # AMD). Dilation says nothing about a 1 x 1 kernel; on one thread torch passes such a kernel to oneDNN only with it.
+    image = rows[None, None].permute(0, 3, 1, 2)
+    convolved: Tensor = torch.nn.functional.conv2d(image, queries[:, :, None, None], dilation=2)
+    return convolved[0, :, 0].T
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call] # missing from torch's stubs
+
+
+def smallest(keys: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+    """The smallest of each column of keys [B, N], ascending: values and their rows int64, [wanted, N] each.
+
+    They lie in the `wanted` groups of rows with the smallest minima, so that only those groups are sorted.
+    """
+    if len(keys) <= wanted * GROUP:
+        return torch.topk(keys, wanted, dim=0, largest=False)
+    grouped, first = _groups(keys)
+    near = grouped.amin(dim=0).topk(wanted, dim=0, largest=False, sorted=False).indices
+    candidates = (first[:, None, None] + near).flatten(0, 1)
+    values, places = grouped.flatten(0, 1).gather(0, candidates).topk(wanted, dim=0, largest=False)
+    return values, candidates.gather(0, places)
+
+
+def close(keys: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Where keys [B, N] exceed the smallest of their column by at most the margin: rows and columns, int64 [P] each."""
+    grouped, first = _groups(keys)
+    minima = grouped.amin(dim=0)
+    limit = minima.amin(dim=0) + margin
+    near, column = (minima <= limit).nonzero(as_tuple=True)
+    member, which = (grouped[:, near, column] <= limit[column]).nonzero(as_tuple=True)
+    return first[member] + near[which], column[which]
+
+
+def _groups(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys [B, N] as [GROUP, G, N], filled up with infinity, and the rows int64 [GROUP] of each first group."""
+    if missing := -len(keys) % GROUP:
+        keys = torch.nn.functional.pad(keys, (0, 0, 0, missing), value=torch.inf)
+    groups = len(keys) // GROUP
+    return keys.reshape(GROUP, groups, -1), torch.arange(0, len(keys), groups, device=keys.device)
 
 
 def exact_distances(rows: Tensor, anchors: Tensor) -> Tensor:

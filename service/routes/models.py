@@ -15,10 +15,10 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 async def list_models(context: Ctx) -> ModelList:
     """Classes, preprocessing, score, calibration and promise of each loaded model."""
     registry = context.registry
-    return ModelList(models=[model_card(registry.get(name), registry.failure(name)) for name in registry.names])
+    return ModelList(models=[model_card(registry, name) for name in registry.names])
 
 
 @router.get("/{name}", operation_id="get_model", summary="Card of one model", responses={404: {"model": Problem}})
 async def get_model(name: str, context: Ctx) -> ModelCard:
     """Classes, preprocessing, score, calibration and promise."""
-    return model_card(context.registry.get(name), context.registry.failure(name))
+    return model_card(context.registry, name)

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from detector.artifact import read_manifest
 from detector.cli import main
+from detector.cli_options import progress
+from detector.features import Progress
 from detector.networks import CIFAR_PREPROCESSING, export_network
 from tests.helpers import TOY_CLASSES, encoded, photo, toy_images, toy_network
 
@@ -96,6 +99,56 @@ def test_an_export_is_fitted_and_kept_as_it_came(material: Path) -> None:
     assert result.exit_code == 0, result.output
     assert (out / "backbone.pt2").read_bytes() == archive
     assert "classes      4: 0, 1, 2, 3" in result.output
+
+
+def test_the_parameters_that_lowdim_looks_at_are_chosen_by_name(material: Path) -> None:
+    out = material / "models" / "lowdim" / "1"
+    result = oodgate(
+        "fit", material / "train", "--calibration", material / "held_out.npz",
+        "--backbone", "cifar_resnet18", "--weights", material / "weights.safetensors",
+        "--classes", material / "classes.txt", "--bank-size", 40, "--also", "lowdim_average",
+        "--lowdim-parameters", "fc.bias", "--lowdim-parameters", "bn1", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    names = [name for name, _ in toy_network().module.named_parameters()]
+    chosen = load_file(out / "scores.safetensors")["lowdim_average.parameters"].tolist()
+    assert sorted(names[index] for index in chosen) == ["bn1.bias", "bn1.weight", "fc.bias"]
+
+
+def test_an_interrupted_fit_tells_where_it_goes_on(material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (
+        "fit", material / "train", "--calibration", material / "held_out.npz",
+        "--backbone", "cifar_resnet18", "--weights", material / "weights.safetensors",
+        "--classes", material / "classes.txt", "--bank-size", 100, "--out", material / "models" / "again" / "1",
+    )  # fmt: skip
+    save = Progress.save
+
+    def save_then_interrupt(*given: Any) -> None:
+        save(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("detector.features.SHARD", 100)
+    monkeypatch.setattr(Progress, "save", save_then_interrupt)
+    first = oodgate(*arguments)
+    assert first.exit_code == 1
+    assert "resuming" not in first.stderr
+    monkeypatch.setattr(Progress, "save", save)
+    second = oodgate(*arguments)
+    assert second.exit_code == 0, second.output
+    assert "resuming at 128 of 200 images" in second.stderr
+    assert "fitting  50%  200 of 400 images" in second.stderr
+    assert "100%  400 of 400 images" in second.stderr
+    assert "resuming" not in second.stdout
+
+
+def test_progress_is_told_each_two_per_cent_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(1_000, "fitting") as report:
+        for _ in range(200):
+            report(5)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 50
+    assert told[0] == "fitting   2%  20 of 1,000 images"
+    assert told[-1] == "fitting 100%  1,000 of 1,000 images"
 
 
 def test_score_prints_a_table(fitted: Path, material: Path) -> None:

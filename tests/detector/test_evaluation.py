@@ -100,7 +100,7 @@ def result(toy_models: Path) -> dict[str, Any]:
 
 def test_the_report_is_json_of_the_documented_shape(result: dict[str, Any], toy: Path) -> None:
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert set(result) == {"id", "decisions", "scores", "shifted", "seconds_per_image"}
+    assert set(result) == {"precision", "id", "decisions", "scores", "shifted", "seconds_per_image"}
     assert result["decisions"]["c"]["group"] == "other"
     detector = Detector.load(toy, device="cpu")
     assert set(result["scores"]) == set(detector.scores_without_backward)

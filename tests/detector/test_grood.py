@@ -181,6 +181,22 @@ def test_a_bank_too_short_for_float32_is_kept_in_float64(backbone: Backbone) -> 
     assert Grood(OPTIONS).partial_fit(outputs, labels).finalize(backbone).bank.dtype == torch.float64
 
 
+@pytest.mark.parametrize("shortest", [-200.0, -400.0, -700.0])
+def test_a_bank_whose_squares_underflow_float64_is_searched_all_the_same(shortest: float, backbone: Backbone) -> None:
+    generator = torch.Generator().manual_seed(8)
+    q = torch.zeros(16)
+    lengths = torch.linspace(shortest, shortest / 2, 60, dtype=torch.float64).exp()
+    bank = lengths[:, None] * torch.nn.functional.normalize(torch.randn(60, 16, generator=generator).double())
+    score = Grood.from_state({"prototypes": torch.zeros(CLASSES, 16), "ood_prototype": q, "bank": bank}, backbone)
+    log_pi = lengths.log()[[0, 20, 59]]
+    own = torch.nn.functional.normalize(torch.randn(3, 16, generator=generator).double())
+    expected = [
+        torch.linalg.vector_norm(one - bank / float(length.exp()), dim=1).min() * length.exp()
+        for one, length in zip(own, log_pi, strict=True)
+    ]
+    assert torch.allclose(score._nearest(own, log_pi).log(), torch.stack(expected).log(), rtol=1e-9)
+
+
 def test_grood_norm_is_the_one_norm_of_the_gradient(fitted: Grood, seen: tuple[Outputs, Tensor]) -> None:
     outputs, _ = seen
     gradients = autograd_gradient(outputs.penultimate[:50], fitted.prototypes, fitted.ood_prototype)

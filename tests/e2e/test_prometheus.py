@@ -33,10 +33,6 @@ FIVE_MINUTES = 300 / FACTOR
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="the promtool binary is not installed")
 
 
-def names_in(expr: str) -> set[str]:
-    return {re.sub("_(bucket|sum|count)$", "", name) for name in re.findall(r"\boodgate_\w+", expr)}
-
-
 @dataclass(frozen=True)
 class Story:
     """What was seen while the stream was well, bad, and well again."""
@@ -178,10 +174,7 @@ def _runs(states: list[tuple[float, str]]) -> list[tuple[str, float]]:
 
 @pytest.mark.parametrize("asked", panel_queries(), ids=lambda asked: f"{asked.dashboard}-{asked.panel}-{asked.legend}")
 def test_every_query_of_every_panel_returns_data(story: Story, asked: Asked) -> None:
-    absent = [name for name in names_in(asked.expr) if f"# TYPE {name} " not in story.metrics]
     values = story.value(asked.expr)
-    if absent:
-        pytest.skip(f"the service does not export {', '.join(absent)} yet")
     assert any(map(math.isfinite, values)), values
 
 

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +16,7 @@ import pytest
 
 from benchmarks.datasets import load
 from detector.calibration import acceptance_interval, clopper_pearson
-from tests.e2e.server import Process, running
+from tests.e2e.server import Process, free_port, running
 from tests.helpers import EMBEDDED, GOOD, HUGE_PNG, encoded, photo, toy_images
 
 MODELS = EMBEDDED.parents[1]
@@ -103,6 +107,31 @@ def test_over_http_real_test_images_are_accepted_as_promised(server: Process) ->
     assert high >= promised_low
     rank_interval = acceptance_interval(4776, 5000)
     assert np.allclose(rank_interval, (promised_low, promised_high))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("DEVICE", "cuda:99", "there is no cuda:99 here"),
+        ("SHADOW_SCORES", '["nonsense"]', "nonsense"),
+        ("MODELS", "nowhere", "nowhere holds no model"),
+        ("DEFAULT_MODEL", "nobody", "OODGATE_DEFAULT_MODEL 'nobody'"),
+    ],
+)
+def test_a_setting_that_fails_at_start_is_one_clear_line(setting: str, value: str, said: str) -> None:
+    environment = os.environ | {"OODGATE_MODELS": str(MODELS), f"OODGATE_{setting}": value, "OODGATE_MAX_BACH": "7"}
+    command = [sys.executable, "-m", "service", "serve", "--port", str(free_port())]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    records = [json.loads(line) for line in ended.stdout.splitlines()]
+    errors = [record["message"] for record in records if record["level"] == "ERROR"]
+    warnings = [record["message"] for record in records if record["level"] == "WARNING"]
+    assert ended.returncode == 3
+    assert ended.stderr == ""
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert "Traceback" not in ended.stdout
+    assert len(warnings) == 1
+    assert "OODGATE_MAX_BACH (did you mean OODGATE_MAX_BATCH?)" in warnings[0]
 
 
 def _in_progress(server: Process) -> int:

@@ -244,11 +244,7 @@ def test_scores_can_be_kept_for_the_admin(models: Path, tmp_path: Path) -> None:
             True,
         )
         assert "ood" in running.client.post("/v1/verdict", content=GOOD, headers=bearer("boss")).json()
-        tensor = {
-            "inputs": [
-                {"name": "image_bytes", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(GOOD).decode()]}
-            ]
-        }
+        encoded = {"name": "image_bytes", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(GOOD).decode()]}
         infer = running.client.post("/v2/models/toy/infer", json={"inputs": [encoded]}).json()
         assert {"ood_score", "p_value"}.isdisjoint(output["name"] for output in infer["outputs"])
         assert "threshold" not in infer["parameters"]

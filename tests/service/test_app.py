@@ -15,6 +15,7 @@ from detector.cli import main
 from detector.errors import ArtifactCorrupt, ArtifactNotFound
 from service import Settings, create_app
 from service.registry import newest_versions
+from service.settings import unknown_variables
 from tests.service.conftest import serving
 
 
@@ -129,6 +130,11 @@ def test_a_wrong_setting_is_one_clear_line_at_the_command(monkeypatch: pytest.Mo
     result = CliRunner().invoke(main, ["serve"])
     assert result.exit_code == 2
     assert "OODGATE_PORT" in result.output
+
+
+def test_variables_that_are_no_settings_are_named_with_what_they_may_mean() -> None:
+    environment = {"OODGATE_MAX_BACH": "7", "OODGATE_QQQ_42": "", "OODGATE_PORT": "1", "oodgate_host": "", "PATH": ""}
+    assert unknown_variables(environment) == ["OODGATE_MAX_BACH (did you mean OODGATE_MAX_BATCH?)", "OODGATE_QQQ_42"]
 
 
 def test_the_openapi_document_names_every_operation_once(client: httpx.Client) -> None:

@@ -88,7 +88,7 @@ def _parts(found: Dashboard) -> Dashboard:
                 "Deferral by predicted class",
                 "Share deferred among the images that the network takes for a class. One class far above the others is"
                 " often a new kind of object that resembles it.",
-                {"{{class}}": share('decision="defer"', "oodgate_class_decisions_total", "class")},
+                {"{{label}}": share('decision="defer"', "oodgate_class_decisions_total", "label")},
                 "percentunit",
                 THIRD,
             )

@@ -14,6 +14,10 @@ def of_test(metric: str) -> str:
     return f"max by (model, version, instance, test) (oodgate_drift_{metric}{{{OF_MODEL}}})"
 
 
+def of_model(metric: str) -> str:
+    return f"max by (model, version, instance) (oodgate_drift_{metric}{{{OF_MODEL}}})"
+
+
 def build() -> Dashboard:
     """The drift dashboard."""
     found = board("drift", "drift", "Tests of the stream with stated false-alarm rates: see docs/drift.md.")
@@ -45,12 +49,18 @@ def build() -> Dashboard:
             )
         )
         .with_panel(
-            lines(
-                "CUSUM",
-                "Sum of deferrals above what the calibration explains; it falls back to 0 by itself. A steady climb is"
-                " a small lasting rise, a jump a burst.",
-                {WHERE: f"max by (model, version, instance) (oodgate_drift_cusum{{{OF_MODEL}}})"},
-                "short",
+            limits(
+                lines(
+                    "CUSUM",
+                    "Sum of deferrals above what the calibration explains, in accepted images; it falls back to 0 by"
+                    " itself. A steady climb is a small lasting rise, a jump a burst; from the limit on it alarms.",
+                    {
+                        WHERE: of_model("cusum"),
+                        f"limit {WHERE}": of_model("cusum_limit"),
+                    },
+                    "short",
+                ),
+                "/^limit/",
             )
         )
         .with_panel(

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one request costs oodgate: CPU time of each thread, then of each function on the event loop.
+
+    python -m benchmarks.serving.cost --workload N
+
+Both are CPU clocks of threads, so that a neighbour on the machine does not show. The second run is under cProfile,
+which makes small functions look larger than they are: read it for shares, and the first for times. Writes
+benchmarks/serving/results/cost-N.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import io
+import json
+import os
+import pstats
+import re
+import sys
+import threading
+import time
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from benchmarks.serving import load, networks
+from benchmarks.serving.results import RESULTS
+from benchmarks.serving.run import SATURATED, WARM_S
+from benchmarks.serving.servers import COSTED, running, stop_cleanly
+from benchmarks.serving.workloads import BUILD, ROOT, WORKLOADS, Workload
+from detector.cli import main as serve
+
+THREADS, PROFILE, ASKED = BUILD / "cost-threads.json", BUILD / "cost.prof", "BENCH_PROFILE"
+ROWS = 40
+
+
+def watched() -> None:
+    """`oodgate serve` that leaves the CPU time of its threads, or a profile of its event loop, when it stops."""
+    startup, shutdown = uvicorn.Server.startup, uvicorn.Server.shutdown
+    profile, before = cProfile.Profile(timer=time.thread_time), dict[int, float]()
+
+    async def started(self: uvicorn.Server, *args: Any, **kwargs: Any) -> None:
+        await startup(self, *args, **kwargs)
+        before.update((thread.ident or 0, _cpu_seconds(thread)) for thread in threading.enumerate())
+        if os.environ.get(ASKED):
+            profile.enable()
+
+    async def stopping(self: uvicorn.Server, *args: Any, **kwargs: Any) -> None:
+        if os.environ.get(ASKED):
+            profile.disable()
+            profile.dump_stats(PROFILE)
+        used: dict[str, float] = {}
+        for thread in threading.enumerate():
+            name = re.sub(r"[-_ ]*\d.*", "", thread.name)
+            used[name] = used.get(name, 0.0) + _cpu_seconds(thread) - before.get(thread.ident or 0, 0.0)
+        THREADS.write_text(json.dumps(used))
+        await shutdown(self, *args, **kwargs)
+
+    uvicorn.Server.startup, uvicorn.Server.shutdown = started, stopping  # type: ignore[method-assign]
+    serve()
+
+
+def _cpu_seconds(thread: threading.Thread) -> float:
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0))
+
+
+def measure(workload: Workload, seconds: float) -> str:
+    """The report, as text."""
+    requests = _run(workload, seconds)
+    threads = json.loads(THREADS.read_text())
+    lines = [f"workload {workload.letter}, concurrency {SATURATED}, {requests:.0f} requests", ""]
+    lines += ["microseconds of CPU per request, by thread"]
+    lines += [
+        f"{1e6 * used / requests:9.1f}  {name}" for name, used in sorted(threads.items(), key=lambda item: -item[1])
+    ]
+    os.environ[ASKED] = "1"
+    profiled = _run(workload, seconds)
+    lines += ["", "microseconds per request on the event loop, under cProfile"]
+    return "\n".join([*lines, _functions(profiled), ""])
+
+
+def _run(workload: Workload, seconds: float) -> float:
+    with running(COSTED, workload, "fp32") as live:
+        return sum(load.closed(live, SATURATED, each)["images"] for each in (WARM_S, seconds))
+
+
+def _functions(requests: float) -> str:
+    table = io.StringIO()
+    stats: Any = pstats.Stats(str(PROFILE), stream=table)
+    rows = [
+        (1e6 * own / requests, 1e6 * whole / requests, calls / requests, _where(*function))
+        for function, (_, calls, own, whole, _) in stats.stats.items()
+    ]
+    parts = ["", f"{'own':>9}{'with callees':>14}{'calls':>8}"]
+    by_own, by_whole = (sorted(rows, key=itemgetter(column), reverse=True)[:ROWS] for column in (0, 1))
+    for title, chosen in (("largest by own time", by_own), ("largest with callees", by_whole)):
+        parts.append(f"-- {title}")
+        parts += [f"{own:9.1f}{whole:14.1f}{calls:8.1f}  {where}" for own, whole, calls, where in chosen]
+    return "\n".join(parts)
+
+
+def _where(file: str, line: int, name: str) -> str:
+    if file == "~":
+        return name
+    path = Path(file)
+    kept = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(*path.parts[-3:])
+    return f"{kept}:{line} {name}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workload", choices=WORKLOADS, default="N")
+    parser.add_argument("--seconds", type=float, default=8)
+    args = parser.parse_args()
+    workload = WORKLOADS[args.workload]
+    networks.ensure(workload)
+    stop_cleanly()
+    report = measure(workload, args.seconds)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"cost-{workload.letter}.txt").write_text(report)
+    print(report)
+
+
+if __name__ == "__main__":
+    watched() if sys.argv[1:2] == ["serve"] else main()

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every goal of the engine beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from benchmarks.serving.results import efficiency, spread
+from benchmarks.serving.servers import PEERS
+
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One row: what, its bound (at least, or at most), and a value from each repeat."""
+
+    what: str
+    least: float | None
+    most: float | None
+    values: tuple[float, ...]
+    digits: int = 2
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median is within the bound; None where nothing was measured."""
+        if not self.values:
+            return None
+        middle = spread(self.values)[1]
+        return (self.least is None or middle >= self.least) and (self.most is None or middle <= self.most)
+
+
+class Measured:
+    """The runs of all workloads and the experiments, by what is asked of them."""
+
+    def __init__(self, runs: dict[str, Sequence[Run]], experiments: Sequence[dict[str, Any]]) -> None:
+        self._runs, self._experiments = runs, experiments
+
+    def of(self, workload: str, server: str, asked: str) -> list[Run]:
+        """The runs of a server, by repeat."""
+        found = [run for run in self._runs.get(workload, ()) if (run["server"], run["asked"]) == (server, asked)]
+        return sorted(found, key=lambda run: int(run["repeat"]))
+
+    def experiment(self, kind: str, workload: str) -> list[dict[str, Any]]:
+        """The repeats of an experiment with oodgate in float32."""
+        wanted = (kind, workload, "oodgate", "fp32")
+        for one in self._experiments:
+            if (one["kind"], one["workload"], one["server"], one["asked"]) == wanted:
+                return list(one["runs"])
+        return []
+
+    def over_peers(
+        self,
+        workload: str,
+        asked: tuple[str, str],
+        figure: Callable[[Run], float],
+        best: Callable[[Iterable[float]], float] = max,
+        peers: Sequence[str] = PEERS,
+    ) -> tuple[float, ...]:
+        """In each repeat, oodgate's figure over the best peer's; asked: the precision of oodgate and of the peers."""
+        ours = {run["repeat"]: figure(run) for run in self.of(workload, "oodgate", asked[0])}
+        theirs: dict[int, list[float]] = {}
+        for peer in peers:
+            for run in self.of(workload, peer, asked[1]):
+                theirs.setdefault(run["repeat"], []).append(figure(run))
+        return tuple(ours[repeat] / best(theirs[repeat]) for repeat in sorted(ours.keys() & theirs.keys()))
+
+
+def saturated(run: Run) -> float:
+    """Images per second at the concurrency that gives most."""
+    return max(float(found["images_per_s"]) for found in (run["counted"], *run["closed"].values()))
+
+
+def closed(concurrency: int, figure: str) -> Callable[[Run], float]:
+    return lambda run: float(run["closed"][str(concurrency)][figure])
+
+
+def _tail(run: Run) -> float:
+    return float(run["open"]["90%"]["p99_ms"])
+
+
+def goals(measured: Measured) -> list[Goal]:
+    """All goals in the order of the issue that set them."""
+    return [*_against_limit(measured), *_against_peers(measured), *_alone(measured), *_experiments(measured)]
+
+
+def _each(runs: Iterable[Run], figure: Callable[[Run], float]) -> tuple[float, ...]:
+    return tuple(figure(run) for run in runs)
+
+
+def _against_limit(measured: Measured) -> list[Goal]:
+    rows = []
+    for workload, least in (("A", 0.95), ("B", 0.93), ("C", 0.95)):
+        for asked in ("auto", "fp32", "bf16"):
+            runs = measured.of(workload, "oodgate", asked)
+            if runs or asked == "fp32":
+                how = f"{runs[0]['precision']} {runs[0]['mode']}" if runs else "fp32 eager"
+                by_itself = ", as set up by itself" if asked == "auto" else ""
+                what = f"{workload}: efficiency against the limit, {how}{by_itself}"
+                rows.append(Goal(what, least, None, _each(runs, efficiency)))
+    return rows
+
+
+def _against_peers(measured: Measured) -> list[Goal]:
+    rows = []
+    for workload, least in (("A", 1.05), ("B", 1.0), ("C", 1.05)):
+        for asked in ("fp32", "bf16"):
+            ratios = measured.over_peers(workload, (asked, asked), efficiency)
+            if ratios or asked == "fp32":
+                rows.append(Goal(f"{workload}: efficiency ÷ best peer, {asked} eager", least, None, ratios))
+    for workload, least in (("A", 1.8), ("C", 2.2)):
+        ratios = measured.over_peers(workload, ("auto", "fp32"), saturated)
+        rows.append(Goal(f"{workload}: saturated throughput as set up by itself ÷ best peer", least, None, ratios))
+    single = measured.over_peers("A", ("fp32", "fp32"), closed(1, "p50_ms"), min, ("fastapi",))
+    rows.append(Goal("A: p50 at concurrency 1 ÷ plain FastAPI's, fp32", None, 1.05, single))
+    for workload in ("A", "B", "C"):
+        tails = measured.over_peers(workload, ("fp32", "fp32"), _tail, min)
+        rows.append(Goal(f"{workload}: p99 at 90 % open-loop load ÷ best peer's, fp32", None, 0.8, tails))
+    return rows
+
+
+def _alone(measured: Measured) -> list[Goal]:
+    null, default = measured.of("N", "oodgate", "fp32"), measured.of("B", "oodgate", "fp32")
+    return [
+        Goal("N: requests/s at concurrency 32", 2400, None, _each(null, closed(32, "images_per_s")), 0),
+        Goal("N: p99 at concurrency 32, ms", None, 30, _each(null, closed(32, "p99_ms")), 1),
+        Goal("N: p50 at concurrency 1, ms", None, 1, _each(null, closed(1, "p50_ms"))),
+        Goal("B: resident memory, eager, MB", None, 700, _each(default, lambda run: float(run["resident_mb"])), 0),
+        Goal("B: import to ready, s", None, 5, _each(default, lambda run: float(run["ready_s"])), 1),
+    ]
+
+
+def _experiments(measured: Measured) -> list[Goal]:
+    def second(run: dict[str, Any]) -> float:
+        return float(run["after_ms"][1] / median(run["before_ms"]))
+
+    def grown(figure: str) -> Callable[[dict[str, Any]], float]:
+        return lambda run: float(run["levels"]["512"][figure] / run["levels"]["32"][figure])
+
+    rows = [
+        Goal(
+            "A: second request after a burst ÷ median single request before it", None, 1.2,
+            _each(measured.experiment("burst", "A"), second),
+        )
+    ]  # fmt: skip
+    for workload in ("A", "B", "N"):
+        runs = measured.experiment("verdict", workload)
+        if runs or workload == "A":
+            what = f"{workload}: throughput with verdict ÷ prediction only, same server"
+            rows.append(Goal(what, 0.95, None, _each(runs, lambda run: float(run["ratio"]))))
+            cost = f"{workload}: the same, images per CPU-second"
+            rows.append(Goal(cost, 0.95, None, _each(runs, lambda run: float(run["ratio_per_cpu_s"]))))
+    runs = measured.experiment("growth", "A")
+    rows += [
+        Goal("A: throughput at 512 ÷ at 32 concurrent", 0.95, None, _each(runs, grown("images_per_s"))),
+        Goal("A: memory at 512 ÷ at 32 concurrent", None, 1.1, _each(runs, grown("resident_mb"))),
+        Goal("A: p99 at 512 ÷ at 32 concurrent (the queue grows 16-fold)", None, 16, _each(runs, grown("p99_ms")), 1),
+    ]
+    beside = measured.experiment("neighbour", "A")
+    fair = _each(beside, lambda run: float(run["share_of_fair"]))
+    return [*rows, Goal("A: share of its fair share beside a busy neighbour", 0.8, None, fair)]

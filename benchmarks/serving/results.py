@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as files: what was measured, with what versions, on what machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from benchmarks.serving import environments
+from benchmarks.serving.servers import THREADS
+from benchmarks.serving.workloads import Workload
+
+RESULTS = Path(__file__).parent / "results"
+OURS = ("torch", "torchvision", "numpy", "pillow", "fastapi", "starlette", "uvicorn", "pydantic")
+PEER_PACKAGES = ("litserve", "bentoml", "mosec", "ray")  # FastAPI is among ours
+
+
+def write_runs(
+    folder: Path,
+    workload: Workload,
+    seconds: float,
+    runs: Sequence[dict[str, Any]],
+    failures: Sequence[dict[str, Any]],
+) -> None:
+    """The runs of one workload; those of servers and precisions that were not run again are kept."""
+    path = folder / f"{workload.letter}.json"
+    new = {(run["server"], run["asked"]) for run in (*runs, *failures)}
+    old = json.loads(path.read_text()) if path.exists() else {"runs": [], "failures": []}
+
+    def kept(name: str) -> list[dict[str, Any]]:
+        return [run for run in old[name] if (run["server"], run["asked"]) not in new]
+
+    content = {"workload": workload.letter, "title": workload.title, "seconds": seconds}
+    write(path, content | {"failures": [*kept("failures"), *failures], "runs": [*kept("runs"), *runs]})
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """A result with the machine and the versions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), "versions": versions()} | content, indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and threads of a forward pass; nothing that names the host."""
+    fields = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    told = {name.strip(): value.strip() for name, _, value in fields}
+    flags = told.get("flags", "").split()
+    return {
+        "cpu": told.get("model name", platform.machine()),
+        "features": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9),
+        "torch_threads": THREADS,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of what computes, and of every peer."""
+    peers = {package: environments.versions(package)[package] for package in PEER_PACKAGES}
+    return {"python": platform.python_version()} | {name: version(name) for name in OURS} | peers
+
+
+def spread(values: Iterable[float]) -> tuple[float, float, float]:
+    """Minimum, median and maximum."""
+    ordered = sorted(values)
+    return ordered[0], median(ordered), ordered[-1]
+
+
+def efficiency(run: dict[str, Any]) -> float:
+    """Images per CPU-second of the server over those of the bare limit beside it."""
+    return float(run["counted"]["images_per_cpu_s"] / run["limit"]["images_per_cpu_s"])
+
+
+def line(run: dict[str, Any]) -> str:
+    """One run in one line, for the person who waits."""
+    begun = f"ready {run['ready_s']:5.1f} s {run['resident_mb']:6.0f} MB"
+    parts = [f"{run['server']:24}{run['asked']:5}{run['mode']:9}{begun}"]
+    for level, found in run["closed"].items():
+        parts.append(f"c={level}: {found['images_per_s']:.1f}/s p50 {found['p50_ms']:.1f} p99 {found['p99_ms']:.1f} ms")
+        if found["failed"]:
+            parts.append(f"FAILED {found['failed']:.0f}")
+    parts.append(f"efficiency {efficiency(run):.3f}")
+    for share, found in run["open"].items():
+        parts.append(f"{share} of capacity: p50 {found['p50_ms']:.1f} p99 {found['p99_ms']:.1f} ms")
+    return " | ".join(parts)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the section of docs/performance.md about serving from the stored results.
+
+python -m benchmarks.serving.table
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.readme import replaced
+from benchmarks.serving import plots
+from benchmarks.serving.goals import Goal, Measured, Run, closed, goals
+from benchmarks.serving.results import PEER_PACKAGES, RESULTS, efficiency, spread
+from benchmarks.serving.servers import SERVERS
+from benchmarks.serving.workloads import ROOT, WORKLOADS
+
+PAGE, MARKER = ROOT / "docs" / "performance.md", "serving"
+EMPTY = f"## Serving\n\n<!-- {MARKER} -->\n<!-- /{MARKER} -->\n"
+PEERS = """\
+Each peer runs as its documentation recommends, in an environment of its own (`benchmarks/serving/peers/NAME/`: its
+server and its pins); torch, torchvision, numpy and Pillow are the same files for everybody. Batches of at most 16;
+windows of 10 ms where there is one to set.
+
+- LitServe: decode in a thread pool inside `batch`, ZeroMQ queues, an inference process for each core.
+- BentoML: one batchable API, adaptive batching as by default.
+- mosec: two decoding processes, then one inference process with dynamic batching.
+- Ray Serve: one replica, `@serve.batch`, decode in a thread pool inside the batch.
+- FastAPI: a synchronous handler in the default thread pool; `fastapi-2` with two worker processes."""
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def section(folder: Path) -> str:
+    """Everything between the markers."""
+    stored = {
+        letter: json.loads(path.read_text()) for letter in WORKLOADS if (path := folder / f"{letter}.json").exists()
+    }
+    experiments = folder / "experiments.json"
+    found = json.loads(experiments.read_text())["experiments"] if experiments.exists() else []
+    measured = Measured({letter: result["runs"] for letter, result in stored.items()}, found)
+    if not stored:
+        raise FileNotFoundError(f"{folder} holds no result; run `python -m benchmarks.serving.run` first")
+    parts = [_context(next(iter(stored.values()))), PEERS, "### Goals", _goal_table(goals(measured))]
+    for letter, result in stored.items():
+        figure = f"![Throughput of workload {letter} by concurrency](serving-{letter}.svg)"
+        parts += [f"### {letter}: {result['title']}", figure, _workload_table(letter, measured)]
+        parts += [f"{one['server']} {one['asked']} failed in repeat {one['repeat']}." for one in result["failures"]]
+    growth = measured.experiment("growth", "A")
+    if growth:
+        parts += ["### Growth: A, fp32", _growth_table(growth)]
+    return "\n\n".join(parts)
+
+
+def _context(result: dict[str, Any]) -> str:
+    machine, versions = result["machine"], result["versions"]
+    peers = ", ".join(f"{package} {versions[package]}" for package in (*PEER_PACKAGES, "fastapi"))
+    return (
+        f"{machine['cpu']} ({', '.join(machine['features'])}), {machine['cores']} cores, {machine['memory_gb']} GB; "
+        f"Python {versions['python']}, torch {versions['torch']}; {peers}. "
+        f"{machine['torch_threads']} torch threads and `OMP_WAIT_POLICY=PASSIVE` for everybody. The same network, "
+        "weights, preprocessing and images for all; the servers take turns, one running at a time. Peers predict only; "
+        "oodgate predicts, scores, decides and counts.\n\n"
+        "*Efficiency*: images per CPU-second of all the server's processes over a fixed number of requests, 32 under "
+        "way, ÷ images per CPU-second of decode + bare forward at batch 16 in one process, measured beside it. "
+        "Figures: *median (minimum to maximum)* over the repeats. Open loop: Poisson arrivals at a share of the "
+        "server's own throughput at concurrency 32; latency counts from the instant a request should have been sent."
+    )
+
+
+def _goal_table(rows: Sequence[Goal]) -> str:
+    lines = ["| goal | bound | measured | |", "|---|---|---|---|"]
+    for row in rows:
+        bound = f"≥ {row.least:g}" if row.least is not None else f"≤ {row.most:g}"
+        verdict = {None: "not measured", True: "met", False: "**missed**"}[row.met]
+        lines.append(f"| {row.what} | {bound} | {_spread(row.values, row.digits)} | {verdict} |")
+    return "\n".join(lines)
+
+
+def _workload_table(letter: str, measured: Measured) -> str:
+    header = (
+        "server", "forward", "efficiency", "images/s at 32", "p50, p99 at 1, ms", "p99 at 32, ms", "p99 at 50 %, ms",
+        "p99 at 90 %, ms", "memory, MB", "ready, s", "failed",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for server, runs in _variants(letter, measured):
+        first = runs[0]
+        asked = " (auto)" if first["asked"] == "auto" else ""
+        failed = sum(
+            found["failed"]
+            for run in runs
+            for found in (run["counted"], *run["closed"].values(), *run["open"].values())
+        )
+        cells = [
+            server,
+            f"{first['precision']} {first['mode']}{asked}",
+            _spread(map(efficiency, runs), 2),
+            _spread(map(closed(32, "images_per_s"), runs), 0 if first["closed"]["32"]["images_per_s"] > 200 else 1),
+            f"{_level(runs, 1, 'p50_ms')}, {_level(runs, 1, 'p99_ms')}",
+            _level(runs, 32, "p99_ms"),
+            _open(runs, "50%"),
+            _open(runs, "90%"),
+            _spread((run["resident_mb"] for run in runs), 0),
+            _spread((run["ready_s"] for run in runs), 1),
+            f"{failed:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *_limits(letter, measured)])
+
+
+def _limits(letter: str, measured: Measured) -> Iterator[str]:
+    by_forward: dict[str, list[Run]] = {}
+    for _, runs in _variants(letter, measured):
+        for run in runs:
+            by_forward.setdefault(f"{run['precision']} {run['mode']}", []).append(run)
+    for forward, runs in sorted(by_forward.items()):
+        rate = _spread((run["limit"]["images_per_s"] for run in runs), 1)
+        cost = _spread((run["limit"]["images_per_cpu_s"] for run in runs), 1)
+        yield f"Limit, {forward}: {rate} images/s, {cost} images per CPU-second."
+
+
+def _variants(letter: str, measured: Measured) -> Iterator[tuple[str, list[Run]]]:
+    for server in SERVERS:
+        for asked in PRECISIONS:
+            runs = [run for run in measured.of(letter, server, asked) if "32" in run["closed"]]
+            if runs:
+                yield server, runs
+
+
+def _growth_table(runs: Sequence[dict[str, Any]]) -> str:
+    lines = ["| concurrent | images/s | p99, ms | memory, MB | failed |", "|---|---|---|---|---|"]
+    for level in runs[0]["levels"]:
+        found = [run["levels"][level] for run in runs]
+        figures = [_spread((one[name] for one in found), 1) for name in ("images_per_s", "p99_ms", "resident_mb")]
+        lines.append(f"| {level} | {' | '.join(figures)} | {sum(one['failed'] for one in found):.0f} |")
+    return "\n".join(lines)
+
+
+def _level(runs: Sequence[Run], concurrency: int, figure: str) -> str:
+    measured = [run for run in runs if str(concurrency) in run["closed"]]
+    return _spread(map(closed(concurrency, figure), measured), 1)
+
+
+def _open(runs: Sequence[Run], share: str) -> str:
+    return _spread((run["open"][share]["p99_ms"] for run in runs if share in run["open"]), 1)
+
+
+def _spread(values: Iterable[float], digits: int) -> str:
+    known = tuple(values)
+    if not known:
+        return "none"
+    low, middle, high = spread(known)
+    if len(known) == 1:
+        return f"{middle:,.{digits}f}"
+    return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+def main() -> None:
+    page = PAGE.read_text() if PAGE.exists() else "# Performance\n"
+    if f"<!-- {MARKER} -->" not in page:
+        page = f"{page}\n{EMPTY}"
+    PAGE.write_text(replaced(page, MARKER, f"\n{section(RESULTS)}\n"))
+    plots.write(RESULTS, PAGE.parent)
+
+
+if __name__ == "__main__":
+    main()

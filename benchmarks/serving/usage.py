@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server's processes use, children included."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import psutil
+
+IDLE_SHARE, WINDOW_S, PATIENCE_S = 0.1, 0.25, 60.0
+
+
+def tree(root: psutil.Process) -> list[psutil.Process]:
+    """The process and all its descendants."""
+    try:
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def cpu_seconds(root: psutil.Process) -> float:
+    """User and system time of the tree since each process began; of ended ones, what their parents gathered."""
+    total = 0.0
+    for process in tree(root):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def resident_mb(root: psutil.Process) -> float:
+    """Proportional set size of the tree in MB: pages that processes share are counted once."""
+    total = 0
+    for process in tree(root):
+        try:
+            total += process.memory_full_info().pss
+        except psutil.NoSuchProcess:
+            continue
+    return total / 1e6
+
+
+def settle(root: psutil.Process) -> None:
+    """Wait until the tree is next to idle: what earlier callers left behind is done."""
+    pause, given_up = threading.Event(), time.monotonic() + PATIENCE_S
+    while time.monotonic() < given_up:
+        before = cpu_seconds(root)
+        pause.wait(WINDOW_S)
+        if cpu_seconds(root) - before < IDLE_SHARE * WINDOW_S:
+            return

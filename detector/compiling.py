@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the forward of a model ahead of time, in a process of its own: `python -m detector.compiling JOB`.
+
+The process has a low priority and one thread, so that a server beside it goes on answering. It leaves a directory
+of shared libraries, one for each batch size, and what their rounding moves: how far each score differs from the form
+that was calibrated. The directory appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from detector import artifact as artifacts, compiled, forward
+from detector.artifact import Manifest
+from detector.backbone import Precision
+from detector.compiled import CompiledForward
+from detector.detector import Detector
+from detector.errors import BackboneError
+from detector.golden import draw
+
+SIZES = (1, 4, 16)  # of batches: each costs its weights in memory again, and larger ones are no faster an image
+MOVES = "moves.json"
+DRAWN = 128  # images whose scores are compared
+SAFETY = 4  # times the largest move seen
+
+
+class Job(BaseModel):
+    """What to compile.
+
+    Args:
+        model: a model directory.
+        precision: one that it was calibrated in.
+        threads: of one forward pass; fixed in the compiled code.
+        out: the directory to make.
+        niceness: of the process; 19 yields to everybody else on the machine.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: Path
+    precision: Precision
+    threads: int
+    out: Path
+    niceness: int = 19
+
+
+def key(manifest: Manifest, precision: Precision, threads: int) -> str:
+    """Of everything that the libraries depend on: model, code, torch, processor."""
+    code = [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in (forward, compiled)]
+    machine = dict(torch.cpu.get_capabilities())
+    parts = [manifest.model_digest, precision, threads, SIZES, torch.__version__, code, machine]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def libraries(directory: Path) -> dict[int, Path]:
+    """The shared libraries of a directory that `run` made, by batch size."""
+    return {size: directory / f"{size}.so" for size in SIZES}
+
+
+def moves(directory: Path) -> dict[str, float]:
+    """By score, how far the libraries of a directory may move it."""
+    content: dict[str, float] = json.loads((directory / MOVES).read_text())
+    return content
+
+
+def run(job: Job) -> None:
+    """Do a job.
+
+    Raises:
+        BackboneError: the network cannot be compiled, or needs operators outside torch.
+        GoldenMismatch: compiled, it gives other golden answers.
+    """
+    artifact = artifacts.load(job.model)
+    eager = Detector.from_artifact(artifact, torch.device("cpu"), job.precision)
+    partial = Path(tempfile.mkdtemp(dir=job.out.parent, prefix=f"{job.out.name}.partial-"))
+    try:
+        for size, path in libraries(partial).items():
+            shutil.copyfile(_compiled(eager, size, job.threads), path)
+        settled = eager.with_forward(CompiledForward(libraries(partial)), {})
+        settled.self_test(artifact.golden)
+        (partial / MOVES).write_text(json.dumps(_moves(eager, settled)))
+        if not job.out.exists():  # else another process was faster
+            partial.replace(job.out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _compiled(detector: Detector, size: int, threads: int) -> Path:
+    images = torch.zeros(size, *detector.backbone.input_shape, dtype=torch.uint8)
+    network: Any = detector.backbone.forward
+    try:
+        with torch.no_grad():
+            program = torch.export.export(network, (images,), strict=False)
+            options = {"freezing": True, "cpp.threads": threads, "compile_threads": 1}
+            library = Path(str(torch._inductor.aot_compile(program.module(), (images,), options=options)))
+    except Exception as error:  # export and compiler raise many kinds, all meaning the same here
+        raise BackboneError(f"torch cannot compile the network: {str(error).splitlines()[0]}") from error
+    if "proxy_executor_call_function" in library.with_suffix(".cpp").read_text():
+        raise BackboneError("the network needs operators that cannot be compiled")
+    return library
+
+
+def _moves(eager: Detector, settled: Detector) -> Mapping[str, float]:
+    height, width, _ = eager.backbone.input_shape
+    images = draw(height, width, DRAWN, seed=1)
+    first, second = (detector.scores(detector.outputs(images)) for detector in (eager, settled))
+    return {name: SAFETY * float(np.abs(first[name] - second[name]).max()) for name in first}
+
+
+def main() -> None:
+    job = Job.model_validate_json(sys.argv[1])
+    os.nice(job.niceness)
+    torch.set_num_threads(1)
+    run(job)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve eagerly at once, and change to the compiled forward when it is proven.
+
+A thread waits for the compiling process, loads what it made, proves it on the golden inputs, and hands over a detector.
+Whatever fails leaves the eager forward in force, with one line in the log that says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from detector import artifact as artifacts, compiling
+from detector.backbone import Mode, Precision
+from detector.compiled import CompiledForward
+from detector.compiling import Job
+from detector.detector import Detector
+from detector.errors import BackboneError, OodgateError
+
+log = logging.getLogger(__name__)
+
+LIMIT_S = 7200.0  # on a busy machine the compiling process gets what is left; past this it is given up
+
+
+@dataclass(frozen=True)
+class ForwardState:
+    """Which forward is in force; `settled` once it stays so."""
+
+    device: str
+    precision: Precision
+    mode: Mode
+    settled: bool
+
+
+class Settling:
+    """The way of one served model from its eager to its compiled forward.
+
+    Args:
+        detector: the model as it serves now.
+        model: its directory.
+        directory: where compiled forwards are kept between starts; None compiles nothing, nor does a CUDA device.
+        hand_over: told, once and on another thread, of the detector that is to serve from now on.
+        niceness: of the compiling process; 19 takes only what the server leaves.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        model: Path,
+        directory: Path | None,
+        hand_over: Callable[[Detector], None],
+        *,
+        niceness: int = 19,
+    ) -> None:
+        self._detector, self._model, self._directory, self._hand_over = detector, model, directory, hand_over
+        self._niceness = niceness
+        backbone = detector.backbone
+        wanted = directory is not None and backbone.device.type == "cpu"
+        self._state = ForwardState(str(backbone.device), backbone.precision, backbone.mode, settled=not wanted)
+        self._done = threading.Event()
+        self._lock = threading.Lock()  # between `close` and the start of the compiling process
+        self._closed = False
+        self._process: subprocess.Popen[str] | None = None
+        self._thread: threading.Thread | None = None
+        if not wanted:
+            self._done.set()
+
+    @property
+    def state(self) -> ForwardState:
+        """Which forward is in force now."""
+        return self._state
+
+    def start(self) -> None:
+        """Begin, on a thread of its own."""
+        if not self._done.is_set():
+            self._thread = threading.Thread(target=self._settle, name="settling", daemon=True)
+            self._thread.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether the forward has settled within so many seconds."""
+        return self._done.wait(timeout_s)
+
+    def close(self) -> None:
+        """Give up what has not settled, and end the compiling process."""
+        with self._lock:
+            self._closed = True
+            if self._process is not None:
+                self._process.kill()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _settle(self) -> None:
+        told = {"model": self._detector.manifest.name, "version": self._detector.manifest.version}
+        mode = self._state.mode
+        try:
+            detector = self._compiled()
+            if self._closed:
+                return
+            self._hand_over(detector)
+            mode = detector.backbone.mode
+            log.info("the compiled forward serves", extra=told)
+        except (OodgateError, OSError, ValueError) as error:
+            if not self._closed:
+                log.warning("the forward stays eager: %s", error, extra=told)
+        except Exception:
+            log.exception("the forward stays eager", extra=told)
+        finally:
+            self._state = replace(self._state, mode=mode, settled=True)
+            self._done.set()
+
+    def _compiled(self) -> Detector:
+        manifest, precision = self._detector.manifest, self._detector.backbone.precision
+        if self._directory is None:
+            raise AssertionError("nothing is compiled without a directory")
+        _make_private(self._directory)
+        family = f"{manifest.name}-{precision}-"
+        threads = torch.get_num_threads()
+        out = self._directory / f"{family}{compiling.key(manifest, precision, threads)}"
+        if not out.is_dir():
+            self._compile(
+                Job(model=self._model, precision=precision, threads=threads, out=out, niceness=self._niceness)
+            )
+        for other in self._directory.glob(f"{family}*"):
+            if other != out:
+                shutil.rmtree(other, ignore_errors=True)  # of an earlier version, or another torch
+        try:
+            forward, moves = CompiledForward(compiling.libraries(out)), compiling.moves(out)
+        except (BackboneError, OSError, ValueError):
+            shutil.rmtree(out)  # damaged: the next start makes it again
+            raise
+        detector = self._detector.with_forward(forward, moves)
+        detector.self_test(artifacts.load(self._model).golden)
+        return detector
+
+    def _compile(self, job: Job) -> None:
+        found = compiler()
+        if found is None:
+            raise BackboneError("there is no C++ compiler (CXX, g++ or clang++)")
+        with tempfile.TemporaryDirectory(dir=job.out.parent, prefix=f"{job.out.name}.work-") as work:
+            scratch = {"CXX": found, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": work, "TMPDIR": work}
+            with self._lock:
+                if self._closed:
+                    raise BackboneError("closed before it was compiled")
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", compiling.__name__, job.model_dump_json()],
+                    env=os.environ | scratch,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            with self._process:
+                try:
+                    _, complaint = self._process.communicate(timeout=LIMIT_S)
+                except subprocess.TimeoutExpired as error:
+                    self._process.kill()
+                    raise BackboneError(f"the compiling process took more than {LIMIT_S:.0f} s") from error
+        if self._process.returncode:
+            last = (complaint.strip().splitlines() or ["it said nothing"])[-1]
+            raise BackboneError(f"the compiling process failed ({self._process.returncode}): {last}")
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch can use: CXX where it is set, else g++ or clang++; None where there is none."""
+    named = os.environ.get("CXX")
+    candidates = (named,) if named else ("g++", "clang++")
+    return next((found for name in candidates if (found := shutil.which(name))), None)
+
+
+def _make_private(directory: Path) -> None:
+    """Make the directory; code is loaded from it, so nobody else may write there.
+
+    Raises:
+        BackboneError: it belongs to another user, or all may write to it.
+    """
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    seen = directory.stat()
+    if seen.st_uid != os.geteuid() or seen.st_mode & 0o002:
+        raise BackboneError(f"{directory} belongs to another user or is open to all; code is never loaded from there")

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the eager to the compiled forward, beside a server: with a real compiler, once, on a small network."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from detector import Detector, artifact as artifacts
+from detector.compiling import libraries
+from detector.settling import ForwardState, Settling, compiler
+from tests.helpers import toy_images
+
+PATIENCE_S = 600.0
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (CXX, g++ or clang++)")
+
+
+@pytest.fixture(scope="module")
+def eager(toy_models: Path) -> Detector:
+    return Detector.load(toy_models / "toy" / "1", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def settled(eager: Detector, toy_models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Detector]]:
+    """Where the compiled forward is kept, and the detectors that were handed over."""
+    directory = tmp_path_factory.mktemp("state") / "compile"
+    handed: list[Detector] = []
+    settling = Settling(eager, toy_models / "toy" / "1", directory, handed.append, niceness=0)
+    settling.start()
+    assert settling.state == ForwardState("cpu", "fp32", "eager", settled=False)
+    assert settling.wait(PATIENCE_S)
+    settling.close()
+    assert settling.state == ForwardState("cpu", "fp32", "compiled", settled=True)
+    return directory, handed
+
+
+def settle(detector: Detector, model: Path, directory: Path) -> tuple[ForwardState, list[Detector]]:
+    handed: list[Detector] = []
+    settling = Settling(detector, model, directory, handed.append, niceness=0)
+    settling.start()
+    assert settling.wait(PATIENCE_S)
+    settling.close()
+    return settling.state, handed
+
+
+@needs_compiler
+def test_the_compiled_forward_is_handed_over_once(settled: tuple[Path, list[Detector]]) -> None:
+    _, handed = settled
+    assert [detector.backbone.mode for detector in handed] == ["compiled"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 16, 37])
+def test_compiled_answers_are_those_of_the_eager_forward(
+    settled: tuple[Path, list[Detector]], eager: Detector, n: int
+) -> None:
+    images, _ = toy_images(n, seed=21)
+    (compiled,) = settled[1]
+    first, second = eager.outputs(images), compiled.outputs(images)
+    assert torch.allclose(first.logits, second.logits, rtol=1e-4, atol=1e-4 * float(first.logits.abs().max()))
+    assert torch.allclose(first.penultimate, second.penultimate, rtol=1e-4, atol=1e-5)
+    tolerance = compiled.manifest.score_tolerance["fp32"]
+    before, after = eager.scores(first), compiled.scores(second)
+    assert all(np.abs(before[name] - after[name]).max() <= tolerance[name] + 1e-4 for name in before)
+
+
+@needs_compiler
+def test_no_tolerance_shrinks(settled: tuple[Path, list[Detector]], eager: Detector) -> None:
+    before, after = (d.manifest.score_tolerance["fp32"] for d in (eager, settled[1][0]))
+    assert all(after[name] >= before[name] for name in before)
+
+
+@needs_compiler
+def test_the_next_start_needs_no_compiler(
+    settled: tuple[Path, list[Detector]], eager: Detector, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    state, handed = settle(eager, toy, settled[0])
+    assert state.mode == "compiled"
+    assert len(handed) == 1
+
+
+@needs_compiler
+def test_other_golden_answers_leave_the_eager_forward_in_force(
+    settled: tuple[Path, list[Detector]], eager: Detector, toy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    artifact = artifacts.load(toy)
+    artifact.golden["fp32.deferred"] = ~artifact.golden["fp32.deferred"]
+    artifacts.save(artifact, tmp_path / "toy" / "1")
+    stays_eager(settle(eager, tmp_path / "toy" / "1", settled[0]), caplog, "another label or decision")
+
+
+@needs_compiler
+def test_a_damaged_library_leaves_the_eager_forward_in_force(
+    settled: tuple[Path, list[Detector]], eager: Detector, toy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = shutil.copytree(settled[0], tmp_path / "compile")
+    (made,) = copy.iterdir()
+    libraries(made)[1].write_bytes(b"\x7fELF")
+    stays_eager(settle(eager, toy, copy), caplog, "cannot be loaded")
+    assert not made.exists()  # so that the next start makes it again
+
+
+def test_without_a_compiler_the_forward_stays_eager_and_one_line_says_so(
+    eager: Detector, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    stays_eager(settle(eager, toy, tmp_path / "compile"), caplog, "no C++ compiler")
+
+
+@needs_compiler
+def test_a_compiling_process_that_fails_leaves_the_eager_forward_in_force(
+    eager: Detector, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stays_eager(settle(eager, tmp_path / "gone", tmp_path / "compile"), caplog, "the compiling process failed")
+    assert not list((tmp_path / "compile").iterdir())
+
+
+def test_code_is_not_loaded_from_a_directory_that_all_may_write(
+    eager: Detector, toy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tmp_path.chmod(0o777)
+    stays_eager(settle(eager, toy, tmp_path), caplog, "open to all")
+
+
+@needs_compiler
+def test_closing_ends_the_compiling_process(
+    eager: Detector, toy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    handed: list[Detector] = []
+    settling = Settling(eager, toy, tmp_path / "compile", handed.append)
+    settling.start()
+    settling.close()
+    assert settling.state.settled
+    assert not handed
+    assert not list((tmp_path / "compile").glob("*"))
+    assert not caplog.records
+
+
+def test_without_a_directory_the_forward_is_settled_at_once(eager: Detector, toy: Path) -> None:
+    handed: list[Detector] = []
+    settling = Settling(eager, toy, None, handed.append)
+    settling.start()
+    assert settling.wait(0)
+    assert settling.state == ForwardState("cpu", "fp32", "eager", settled=True)
+    settling.close()
+
+
+def stays_eager(found: tuple[ForwardState, list[Detector]], caplog: pytest.LogCaptureFixture, reason: str) -> None:
+    state, handed = found
+    assert state == ForwardState("cpu", "fp32", "eager", settled=True)
+    assert not handed
+    (line,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "the forward stays eager" in line.getMessage()
+    assert reason in line.getMessage()

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The serving benchmark, without a peer: its client, its arithmetic and its table."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvloop
+
+from benchmarks.serving import environments, load, plots, servers, table, usage
+from benchmarks.serving.client import Client, burst, count, finished, open_loop, percentiles
+from benchmarks.serving.goals import Goal, Measured, goals
+from benchmarks.serving.prediction_only import PredictionOnly
+from benchmarks.serving.results import PEER_PACKAGES, efficiency
+from benchmarks.serving.servers import PEERS, SERVERS
+from benchmarks.serving.workloads import WORKLOADS
+from detector import Detector
+from tests.helpers import EMBEDDED, encoded, toy_images
+
+RESULTS = Path(__file__).parent / "data" / "serving"  # one real run of a second on the null model
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+
+
+def run() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / "N.json").read_text())["runs"][0]
+    return found
+
+
+def test_the_section_shows_what_was_measured_and_says_what_was_not() -> None:
+    section = table.section(RESULTS)
+    value = efficiency(run())
+    assert f"| oodgate | fp32 eager | {value:.2f} |" in section
+    assert "| A: efficiency against the limit, fp32 eager | ≥ 0.95 | none | not measured |" in section
+
+
+def test_only_what_is_between_the_markers_of_the_page_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text("# Performance\n\n## Decoding\n\nkept\n")
+    monkeypatch.setattr(table, "PAGE", page)
+    monkeypatch.setattr(table, "RESULTS", RESULTS)
+    table.main()
+    first = page.read_text()
+    table.main()
+    assert page.read_text() == first
+    assert first.startswith("# Performance\n\n## Decoding\n\nkept\n\n## Serving\n\n<!-- serving -->\n")
+    assert (tmp_path / "serving-N.svg").exists()
+
+
+def test_no_result_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no result"):
+        table.section(tmp_path)
+
+
+def test_figures_do_not_change_with_time(tmp_path: Path) -> None:
+    first = plots.write(RESULTS, tmp_path)[0].read_bytes()
+    assert plots.write(RESULTS, tmp_path)[0].read_bytes() == first
+
+
+def test_a_goal_is_met_by_its_median() -> None:
+    met = [Goal("", 0.95, None, (0.9, 0.96, 0.99)).met, Goal("", None, 30, (29, 31, 40)).met, Goal("", 1, None, ()).met]
+    assert met == [True, False, None]
+
+
+def test_a_ratio_to_the_best_peer_pairs_repeats_and_takes_the_best_of_each() -> None:
+    def ran(server: str, repeat: int, rate: float) -> dict[str, Any]:
+        closed = {"32": {"images_per_s": rate, "images_per_cpu_s": rate, "p99_ms": 1.0, "p50_ms": 1.0}}
+        found = run() | {"server": server, "repeat": repeat, "closed": {"1": closed["32"], **closed}}
+        found |= {"counted": {"images_per_s": rate, "images_per_cpu_s": rate, "failed": 0}}
+        return found | {"open": {"90%": {"p99_ms": rate}}, "limit": {"images_per_cpu_s": 10.0}}
+
+    rates = {("oodgate", 0): 6, ("oodgate", 1): 8, ("mosec", 0): 3, ("mosec", 1): 1, ("ray", 0): 1, ("ray", 1): 4}
+    measured = Measured({"A": [ran(server, repeat, rate) for (server, repeat), rate in rates.items()]}, [])
+    rows = {row.what: list(row.values) for row in goals(measured)}
+    assert rows["A: efficiency ÷ best peer, fp32 eager"] == pytest.approx([2, 2])
+    assert rows["A: p99 at 90 % open-loop load ÷ best peer's, fp32"] == pytest.approx([6, 8])
+    assert rows["A: efficiency against the limit, fp32 eager"] == pytest.approx([0.6, 0.8])
+
+
+@pytest.mark.parametrize("peer", PEER_PACKAGES)
+def test_every_peer_is_pinned(peer: str) -> None:
+    assert peer in environments.versions(peer)
+    assert all("==" in line for line in environments.requirements(peer).read_text().splitlines())
+
+
+def test_every_peer_of_the_table_has_pins() -> None:
+    assert all(environments.requirements(SERVERS[name].peer).exists() for name in PEERS)
+
+
+@pytest.mark.parametrize(
+    ("received", "status"),
+    [
+        (ANSWER, 200),
+        (ANSWER[:-1], 0),
+        (b"HTTP/1.1 503 No\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n", 503),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n", 0),
+        (b"HTTP/1.1 200 OK\r\nContent-Le", 0),
+    ],
+)
+def test_an_answer_is_finished_once_all_of_it_has_come(received: bytes, status: int) -> None:
+    assert finished(bytearray(received)) == status
+
+
+@asynccontextmanager
+async def answering(body: bytes, after: int = 1) -> AsyncIterator[str]:
+    """A server that answers requests of one body, none before so many have come."""
+    come, enough = 0, asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal come
+        try:
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                assert await reader.readexactly(len(body)) == body
+                come += 1
+                if come >= after:
+                    enough.set()
+                await enough.wait()
+                writer.write(ANSWER)
+        except asyncio.IncompleteReadError:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/predict"
+
+
+def test_open_loop_latency_counts_from_the_intended_instant(tmp_path: Path) -> None:
+    body = tmp_path / "body"
+    body.write_bytes(b"an image")
+    instants = np.cumsum(np.random.default_rng(0).exponential(1 / 100, 120))
+    instants = instants[instants < 0.5]
+
+    async def measured() -> dict[str, float]:
+        async with answering(b"an image", after=len(instants)) as url:
+            client = Client(url, "image/png", [body])
+            found = await open_loop(client, rate=100, seconds=0.5, seed=0)
+            client.close()
+            return found
+
+    found = uvloop.run(measured())
+    assert (found["sent"], found["failed"]) == (len(instants), 0)
+    assert found["max_ms"] >= 1e3 * (instants[-1] - instants[0])  # the first waited for the last to come
+
+
+def test_a_request_that_failed_took_for_ever() -> None:
+    found = percentiles([0.001] * 98 + [float("inf")] * 2)
+    assert (found["p90_ms"], found["p99_ms"]) == (1, float("inf"))
+
+
+def test_a_count_ends_when_all_are_answered(tmp_path: Path) -> None:
+    body = tmp_path / "body"
+    body.write_bytes(b"x")
+
+    async def measured() -> dict[str, float]:
+        async with answering(b"x") as url:
+            client = Client(url, "image/png", [body])
+            found = await count(client, connections=4, requests=10)
+            client.close()
+            return found
+
+    found = uvloop.run(measured())
+    assert (found["answered"], found["failed"]) == (10, 0)
+
+
+def test_a_burst_leaves_as_many_singles_after_it_as_before(tmp_path: Path) -> None:
+    body = tmp_path / "body"
+    body.write_bytes(b"x")
+
+    async def measured() -> dict[str, list[float]]:
+        async with answering(b"x") as url:
+            client = Client(url, "image/png", [body])
+            found = await burst(client, connections=4, requests=3, singles=5)
+            client.close()
+            return found
+
+    found = uvloop.run(measured())
+    assert [len(found["before_ms"]), len(found["after_ms"])] == [5, 5]
+
+
+def test_a_window_lasts_until_every_connection_has_been_answered_a_few_times() -> None:
+    assert load.long_enough(8, concurrency=32, images_per_s=1000) == 8
+    assert load.long_enough(8, concurrency=128, images_per_s=16) == 24
+    assert load.long_enough(8, concurrency=512, images_per_s=0) == load.LONGEST_S
+
+
+def test_a_server_is_started_measured_and_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [tmp_path / f"{index}" for index in range(3)]
+    for path, pixels in zip(images, toy_images(3, seed=0)[0], strict=True):
+        path.write_bytes(encoded(pixels))
+    monkeypatch.setattr(servers, "encoded", lambda _: images)
+    with servers.running(SERVERS["oodgate"], WORKLOADS["B"], "fp32") as live:
+        assert live.labels() == [verdict.prediction.index for verdict in detector().verdicts(toy_images(3, seed=0)[0])]
+        found = load.open_loop(live, rate=50, seconds=0.5, seed=0)
+        assert usage.cpu_seconds(live.process) > 0
+        assert usage.resident_mb(live.process) > 100
+    assert found["sent"] > 0
+    assert found["failed"] == 0
+    assert not live.process.is_running()
+
+
+def detector() -> Detector:
+    return Detector.load(EMBEDDED, precision="fp32")
+
+
+def test_prediction_only_gives_the_same_labels_and_accepts_everything() -> None:
+    model = detector()
+    outputs = model.outputs(toy_images(4, seed=0)[0])
+    wanted = [verdict.prediction.index for verdict in model.judge(outputs)]
+    model.__class__ = PredictionOnly
+    found = model.judge(outputs)
+    assert [verdict.prediction.index for verdict in found] == wanted
+    assert {verdict.decision for verdict in found} == {"accept"}
