@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # OpenMP threads that spin while waiting collapse beside a busy neighbour.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: serve test check bench bench-serving bench-drift fmt model clean
+.PHONY: serve test check bench bench-serving bench-drift fmt model dashboards image-test clean
 
 serve: $(VENV)/.serve
 	$(BIN)/oodgate serve
@@ -49,6 +49,14 @@ fmt: $(VENV)/.dev
 model: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.cifar10.train --out build/cifar10
 	$(BIN)/python -m benchmarks.cifar10.fit --weights build/cifar10/weights.safetensors
+
+# Write deploy/grafana/dashboards/ from deploy/grafana/source/.
+dashboards: $(VENV)/.dev
+	$(BIN)/python -m deploy.grafana.source
+
+# Build the container image with buildah and get a verdict from it. Needs root, buildah and debootstrap.
+image-test:
+	deploy/image/test.sh
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
