@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from detector import artifact as artifacts
 from detector.artifact import GOLDEN_TOLERANCE, Artifact, Manifest
 from detector.backbone import Backbone, Outputs, Precision, resolve_device
-from detector.errors import ArtifactCorrupt, ArtifactError, CalibrationError, GoldenMismatch
+from detector.errors import ArtifactCorrupt, ArtifactError, CalibrationError, GoldenMismatch, OodgateError
 from detector.features import bind
 from detector.images import Limits, Pixels, decode, image_ids
 from detector.networks import build, load_export
@@ -76,14 +76,20 @@ class Detector:
 
         Raises:
             ArtifactNotFound, ArtifactCorrupt, SplitOverlap: see `artifact.load`.
-            ArtifactError: the precision asked for was never calibrated.
+            ArtifactError: the precision asked for was never calibrated, or the files do not fit each other.
             BackboneError: the device is not there.
             GoldenMismatch: this machine answers otherwise than the one that wrote the artifact.
         """
         artifact = artifacts.load(Path(path))
         target = resolve_device(device)
-        detector = cls.from_artifact(artifact, target, chosen_precision(artifact.manifest, target, precision))
-        detector.self_test(artifact.golden)
+        chosen = chosen_precision(artifact.manifest, target, precision)
+        try:
+            detector = cls.from_artifact(artifact, target, chosen)
+            detector.self_test(artifact.golden)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if isinstance(error, OodgateError):
+                raise
+            raise ArtifactError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
         return detector
 
     @classmethod

@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import BodyTooLarge, BuffersFull, Unauthorized
@@ -19,6 +19,7 @@ from service.security import ANONYMOUS, Caller, Tokens, is_open_path
 log = logging.getLogger("service.access")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+CLIENT_GONE = 499  # as nginx records it; nobody is left to read a status
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 
 
@@ -54,6 +55,8 @@ class Observe:
                 await self.app(scope, body.receive, send_with_id)
             except Unauthorized as error:
                 await response(error, Request(scope))(scope, body.receive, send_with_id)
+            except ClientDisconnect:
+                status = status or CLIENT_GONE
             except Exception as error:
                 log.error("unexpected error", exc_info=error, extra={"request_id": request_id})
                 if status:

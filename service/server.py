@@ -20,6 +20,7 @@ from uvicorn.server import HANDLED_SIGNALS
 
 MAX_HEAD_BYTES = 64 * 2**10  # request line and headers; a proxy in front allows 8 to 32 KiB
 HEAD_SECONDS = 10.0  # in which a head must be complete, and a new connection must begin one
+ABANDON = "oodgate.abandon"  # in a request's scope: to be called when its caller is gone
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -40,6 +41,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timer()
         super().connection_lost(exc)
+        if self.scope is not None and ABANDON in self.scope:
+            self.scope[ABANDON]()  # type: ignore[typeddict-item]
 
     def data_received(self, data: bytes) -> None:
         if self._refused:

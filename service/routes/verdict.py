@@ -28,6 +28,7 @@ from service.judging import (
     judge_all,
     read_in_time,
     shows_evidence,
+    while_the_caller_waits,
 )
 from service.schemas import Problem, VerdictBody, VerdictList, verdict_body
 
@@ -96,7 +97,7 @@ async def version_verdict(name: str, version: str, request: Request, context: Ct
 
 
 async def _respond(request: Request, context: Context, name: str | None, version: str | None) -> Response:
-    with counting_rejections(context):
+    with counting_rejections(context), while_the_caller_waits(request):
         model = context.registry.get(name, version)
         started = time.monotonic()
         files, several = await read_in_time(context, partial(_read, request, context))

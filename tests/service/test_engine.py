@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -31,6 +32,7 @@ class Gate:
         self.batches: list[list[int]] = []
         self.shadows: list[bool] = []
         self.failing: set[int] = set()
+        self.scoreless: set[int] = set()
         self.asynchronous = asynchronous
         self.backbone = SimpleNamespace(outputs=self._outputs, input_shape=(2, 2, 3))
         self.fetched.set()
@@ -47,16 +49,20 @@ class Gate:
         self.shadows.append(shadows)
         return outputs
 
-    def finish_judging(self, outputs: torch.Tensor, decider: object) -> list[int]:
+    def finish_judging(self, outputs: torch.Tensor, decider: object) -> list[Any]:
         assert self.fetched.wait(20)
         values = [int(value) for value in outputs]
         self.batches.append(values)
         if self.failing & set(values):
             raise RuntimeError("bad batch")
         self.judged.set()
-        return values
+        scores = [math.nan if value in self.scoreless else value for value in values]
+        return [
+            SimpleNamespace(value=value, ood=SimpleNamespace(score=score))
+            for value, score in zip(values, scores, strict=True)
+        ]
 
-    def judge(self, outputs: torch.Tensor, decider: object) -> list[int]:
+    def judge(self, outputs: torch.Tensor, decider: object) -> list[Any]:
         return self.finish_judging(outputs, decider)
 
     @property
@@ -84,7 +90,7 @@ def soon(seconds: float = 20.0) -> float:
 
 
 def value_of(answer: Answer) -> int:
-    return cast(int, answer.verdict)
+    return int(cast(Any, answer.verdict).value)
 
 
 def test_what_waits_while_the_device_works_is_the_next_batch() -> None:
@@ -147,6 +153,47 @@ def test_a_failing_batch_fails_its_own_and_the_loop_goes_on() -> None:
             await engine.judge(model, image(1), soon())
         assert value_of(await engine.judge(model, image(2), soon())) == 2
         assert engine.alive
+
+    run(body)
+
+
+def test_an_image_whose_score_is_no_number_fails_alone() -> None:
+    gate = Gate(is_open=False)
+    gate.scoreless = {2}
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        blocker = asyncio.create_task(engine.judge(model, image(0), soon()))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        rest = [asyncio.create_task(engine.judge(model, image(i), soon())) for i in range(1, 5)]
+        await asyncio.sleep(0)
+        gate.opened.set()
+        await blocker
+        first, bad, *others = await asyncio.gather(*rest, return_exceptions=True)
+        assert isinstance(bad, ScoringFailed)
+        assert [value_of(cast(Answer, answer)) for answer in (first, *others)] == [1, 3, 4]
+        assert gate.batches == [[0], [1, 2, 3, 4]]
+        assert engine.healthy
+
+    run(body)
+
+
+def test_batches_without_any_score_make_it_unhealthy_until_the_probe_has_one() -> None:
+    gate = Gate()
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        gate.scoreless = {0, 1}
+        for _ in range(3):
+            with pytest.raises(ScoringFailed, match="not a number"):
+                await engine.judge(model, image(1), soon())
+        assert not engine.healthy
+        gate.judged.clear()
+        await asyncio.to_thread(gate.judged.wait, 20)  # a probe, which has no score either
+        assert not engine.healthy
+        gate.scoreless = set()
+        while not engine.healthy:
+            await asyncio.to_thread(gate.judged.wait, 20)
 
     run(body)
 
@@ -376,27 +423,54 @@ def test_an_idle_engine_stays_alive() -> None:
     run(body)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["ask", "cancel", "fail"]), st.integers(0, 3)), min_size=1, max_size=40))
-def test_everyone_is_answered_exactly_once_whoever_leaves_or_fails(script: list[tuple[str, int]]) -> None:
-    gate = Gate()
-    gate.failing = {index for index, (kind, _) in enumerate(script) if kind == "fail"}
+requests = st.tuples(st.sampled_from(["ask", "cancel", "fail", "late", "scoreless"]), st.integers(1, 5), st.integers(0, 3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(requests, min_size=1, max_size=25), st.integers(1, 8), st.booleans())
+def test_everyone_is_answered_exactly_once_in_order_whoever_leaves_is_late_or_fails(
+    script: list[tuple[str, int, int]], max_batch: int, asynchronous: bool
+) -> None:
+    gate = Gate(asynchronous=asynchronous)
     model = gate.model
+    kinds = [kind for kind, images, _ in script for _ in range(images)]  # of each image, by its value
+    gate.failing = {value for value, kind in enumerate(kinds) if kind == "fail"}
+    gate.scoreless = {value for value, kind in enumerate(kinds) if kind == "scoreless"}
+    delivered: list[int] = []
+
+    async def request(engine: Engine, values: range, deadline: float) -> list[Answer | BaseException]:
+        with engine.admit(len(values)):
+            judging = (engine.judge(model, image(value), deadline) for value in values)
+            return await asyncio.gather(*judging, return_exceptions=True)
 
     async def body(engine: Engine) -> None:
-        tasks = []
-        for index, (_, yields) in enumerate(script):
-            tasks.append(asyncio.create_task(engine.judge(model, image(index), soon())))
+        tasks, first = [], 0
+        for kind, images, yields in script:
+            deadline = 0.0 if kind == "late" else soon()
+            tasks.append(asyncio.create_task(request(engine, range(first, first + images), deadline)))
+            first += images
             for _ in range(yields):
                 await asyncio.sleep(0)
-            if script[index][0] == "cancel":
+            if kind == "cancel":
                 tasks[-1].cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        for index, result in enumerate(results):
-            if isinstance(result, Answer):
-                assert value_of(result) == index
-            else:
-                assert isinstance(result, (asyncio.CancelledError, ScoringFailed))
-        assert value_of(await engine.judge(model, image(200), soon())) == 200
+        first = 0
+        for (kind, images, _), result in zip(script, results, strict=True):
+            values, first = range(first, first + images), first + images
+            if isinstance(result, BaseException):
+                assert (kind, type(result)) == ("cancel", asyncio.CancelledError)
+                continue
+            for value, one in zip(values, result, strict=True):
+                if isinstance(one, Answer):
+                    assert (value_of(one), kind in ("ask", "cancel")) == (value, True)
+                else:  # a batch with a failing image fails whole
+                    expected = DeadlinePassed if kind == "late" else ScoringFailed
+                    assert isinstance(one, expected) or (gate.failing and isinstance(one, ScoringFailed))
+        assert engine.depth == 0
+        assert value_of(await engine.judge(model, image(255), soon())) == 255
+        assert len(delivered) == len(set(delivered))
 
-    run(body)
+    def told(_: ServedModel, answers: Any) -> None:
+        delivered.extend(value_of(answer) for answer in answers)
+
+    run(body, max_batch=max_batch, capacity=1000, on_batch=told)
