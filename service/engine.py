@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, takewhile
-from math import ceil, isnan
+from math import ceil
 
 import numpy as np
 import torch
@@ -96,13 +96,11 @@ def buckets(largest: int) -> tuple[int, ...]:
     return (*powers, largest)
 
 
-def warm_up(model: ServedModel, sizes: Sequence[int]) -> list[Verdict]:
-    """Judge black batches of these sizes, so that no caller waits for what is only done once; the last verdicts."""
-    verdicts: list[Verdict] = []
+def warm_up(model: ServedModel, sizes: Sequence[int]) -> None:
+    """Judge black batches of these sizes, so that no caller waits for what is only done once."""
     for size in sizes:
         black = torch.zeros((size, *model.detector.backbone.input_shape), dtype=torch.uint8)
-        verdicts = model.detector.judge(model.detector.backbone.outputs(black), model.decider)
-    return verdicts
+        model.detector.judge(model.detector.backbone.outputs(black), model.decider)
 
 
 def padded(images: Tensor, size: int) -> Tensor:
@@ -345,40 +343,28 @@ class Engine:
             return
         done = time.monotonic()
         forward_s, score_s = launched.forwarded - launched.started, done - launched.forwarded
-        judged, scoreless = [], []
-        for work, verdict in zip(batch, verdicts, strict=True):
-            if isnan(verdict.ood.score):
-                scoreless.append(work)
-            else:
-                judged.append((work, Answer(verdict, Timing(launched.started - work.enqueued, forward_s, score_s))))
-        self._fail(scoreless, ScoringFailed("the image could not be scored: its score is not a number"))
-        if not judged:
-            self._count_failure(model, batch)
-            return
+        answers = [
+            Answer(verdict, Timing(launched.started - work.enqueued, forward_s, score_s))
+            for work, verdict in zip(batch, verdicts, strict=True)
+        ]
         self._failures = 0
         self._image_seconds += 0.1 * ((done - launched.started) / len(batch) - self._image_seconds)
-        self._post(lambda: self._deliver(model, judged))
+        self._post(lambda: self._deliver(model, batch, answers))
 
     def _failed(self, model: ServedModel, batch: list[_Work], error: Exception) -> None:
-        self._fail(batch, ScoringFailed(f"the image could not be scored: {error}"))
-        self._count_failure(model, batch, error)
-
-    def _count_failure(self, model: ServedModel, batch: list[_Work], error: Exception | None = None) -> None:
         log.error("a batch failed", exc_info=error, extra={"images": len(batch)})
         self._failures += 1
         self._failing = model
+        self._fail(batch, ScoringFailed(f"the image could not be scored: {error}"))
 
     def _probe(self) -> None:
         """While the server is not ready no requests come, so it must find out by itself whether it works again."""
         model = self._failing
         assert model is not None
         try:
-            (verdict,) = warm_up(model, (1,))
+            warm_up(model, (1,))
         except Exception:
             log.warning("the engine still fails", exc_info=True)
-            return
-        if isnan(verdict.ood.score):
-            log.warning("the engine still fails: the score of a black image is not a number")
         else:
             log.info("the engine works again")
             self._failures = 0
@@ -407,12 +393,12 @@ class Engine:
 
     # And this again on the event loop.
 
-    def _deliver(self, model: ServedModel, judged: Sequence[tuple[_Work, Answer]]) -> None:
-        for work, answer in judged:
+    def _deliver(self, model: ServedModel, batch: Sequence[_Work], answers: Sequence[Answer]) -> None:
+        for work, answer in zip(batch, answers, strict=True):
             if not work.future.done():
                 work.future.set_result(answer)
         if self._on_batch is not None:
-            self._on_batch(model, [answer for _, answer in judged])
+            self._on_batch(model, answers)
 
     def _expire(self, work: _Work) -> None:
         if not work.future.done():

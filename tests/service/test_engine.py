@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -32,7 +31,6 @@ class Gate:
         self.batches: list[list[int]] = []
         self.shadows: list[bool] = []
         self.failing: set[int] = set()
-        self.scoreless: set[int] = set()
         self.asynchronous = asynchronous
         self.backbone = SimpleNamespace(outputs=self._outputs, input_shape=(2, 2, 3))
         self.fetched.set()
@@ -49,20 +47,16 @@ class Gate:
         self.shadows.append(shadows)
         return outputs
 
-    def finish_judging(self, outputs: torch.Tensor, decider: object) -> list[Any]:
+    def finish_judging(self, outputs: torch.Tensor, decider: object) -> list[int]:
         assert self.fetched.wait(20)
         values = [int(value) for value in outputs]
         self.batches.append(values)
         if self.failing & set(values):
             raise RuntimeError("bad batch")
         self.judged.set()
-        scores = [math.nan if value in self.scoreless else value for value in values]
-        return [
-            SimpleNamespace(value=value, ood=SimpleNamespace(score=score))
-            for value, score in zip(values, scores, strict=True)
-        ]
+        return values
 
-    def judge(self, outputs: torch.Tensor, decider: object) -> list[Any]:
+    def judge(self, outputs: torch.Tensor, decider: object) -> list[int]:
         return self.finish_judging(outputs, decider)
 
     @property
@@ -90,7 +84,7 @@ def soon(seconds: float = 20.0) -> float:
 
 
 def value_of(answer: Answer) -> int:
-    return int(cast(Any, answer.verdict).value)
+    return cast(int, answer.verdict)
 
 
 def test_what_waits_while_the_device_works_is_the_next_batch() -> None:
@@ -153,47 +147,6 @@ def test_a_failing_batch_fails_its_own_and_the_loop_goes_on() -> None:
             await engine.judge(model, image(1), soon())
         assert value_of(await engine.judge(model, image(2), soon())) == 2
         assert engine.alive
-
-    run(body)
-
-
-def test_an_image_whose_score_is_no_number_fails_alone() -> None:
-    gate = Gate(is_open=False)
-    gate.scoreless = {2}
-    model = gate.model
-
-    async def body(engine: Engine) -> None:
-        blocker = asyncio.create_task(engine.judge(model, image(0), soon()))
-        await asyncio.to_thread(gate.entered.wait, 20)
-        rest = [asyncio.create_task(engine.judge(model, image(i), soon())) for i in range(1, 5)]
-        await asyncio.sleep(0)
-        gate.opened.set()
-        await blocker
-        first, bad, *others = await asyncio.gather(*rest, return_exceptions=True)
-        assert isinstance(bad, ScoringFailed)
-        assert [value_of(cast(Answer, answer)) for answer in (first, *others)] == [1, 3, 4]
-        assert gate.batches == [[0], [1, 2, 3, 4]]
-        assert engine.healthy
-
-    run(body)
-
-
-def test_batches_without_any_score_make_it_unhealthy_until_the_probe_has_one() -> None:
-    gate = Gate()
-    model = gate.model
-
-    async def body(engine: Engine) -> None:
-        gate.scoreless = {0, 1}
-        for _ in range(3):
-            with pytest.raises(ScoringFailed, match="not a number"):
-                await engine.judge(model, image(1), soon())
-        assert not engine.healthy
-        gate.judged.clear()
-        await asyncio.to_thread(gate.judged.wait, 20)  # a probe, which has no score either
-        assert not engine.healthy
-        gate.scoreless = set()
-        while not engine.healthy:
-            await asyncio.to_thread(gate.judged.wait, 20)
 
     run(body)
 
@@ -423,7 +376,7 @@ def test_an_idle_engine_stays_alive() -> None:
     run(body)
 
 
-requests = st.tuples(st.sampled_from(["ask", "cancel", "fail", "late", "scoreless"]), st.integers(1, 5), st.integers(0, 3))
+requests = st.tuples(st.sampled_from(["ask", "cancel", "fail", "late"]), st.integers(1, 5), st.integers(0, 3))
 
 
 @settings(max_examples=40, deadline=None)
@@ -435,7 +388,6 @@ def test_everyone_is_answered_exactly_once_in_order_whoever_leaves_is_late_or_fa
     model = gate.model
     kinds = [kind for kind, images, _ in script for _ in range(images)]  # of each image, by its value
     gate.failing = {value for value, kind in enumerate(kinds) if kind == "fail"}
-    gate.scoreless = {value for value, kind in enumerate(kinds) if kind == "scoreless"}
     delivered: list[int] = []
 
     async def request(engine: Engine, values: range, deadline: float) -> list[Answer | BaseException]:

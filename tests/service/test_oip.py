@@ -467,24 +467,24 @@ def test_a_full_queue_answers_429_and_rejections_are_counted(toy_models: Path) -
             assert running.metric("oodgate_stage_duration_seconds_count", stage=stage) >= 1, stage
 
 
-def test_an_infinite_score_defers_and_is_null(toy_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_that_is_no_number_defers_and_is_null(toy_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
     with serving(Settings(models=toy_models)) as running:
         detector = running.context.registry.get().detector
         judge = detector.finish_judging
 
-        def beyond_all(*args: Any) -> Any:
+        def without_a_score(*args: Any) -> Any:
             verdicts = judge(*args)
             return [
-                replace(v, ood=replace(v.ood, score=float("inf")), reason="ood", decision="defer") for v in verdicts
+                replace(v, ood=replace(v.ood, score=float("nan")), reason="ood", decision="defer") for v in verdicts
             ]
 
-        monkeypatch.setattr(detector, "finish_judging", beyond_all)
+        monkeypatch.setattr(detector, "finish_judging", without_a_score)
         got = columns(infer(running.client, in_base64(GOOD)))
         assert (got["ood_score"], got["decision"], got["is_ood"]) == ([None], ["defer"], [True])
         binary = columns(infer(running.client, in_base64(GOOD), parameters={"binary_data_output": True}))
-        assert np.isposinf(binary["ood_score"][0])
+        assert np.isnan(binary["ood_score"][0])
 
 
 def test_the_openapi_document_shows_requests_answers_and_errors(client: httpx.Client) -> None:
