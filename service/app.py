@@ -90,6 +90,7 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     for part in (verdict, oip, models, admin, health):
         app.include_router(part.router)
+    problems.document(app)
     return app
 
 
