@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+MINUTES ?= 15
 # OpenMP threads that spin while waiting collapse beside a busy neighbour.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: serve test check bench fmt model clean
+.PHONY: serve test check bench soak fuzz fmt model clean
 
 serve: $(VENV)/.serve
 	$(BIN)/oodgate serve
@@ -18,6 +19,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
+	$(BIN)/python -m tests.dependencies
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.cifar10.report
@@ -26,6 +28,13 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.start_up
 	$(BIN)/python -m benchmarks.readme
+
+# The long forms of the fault tests; docs/reliability.md shows what they found.
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.faults.fuzz
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

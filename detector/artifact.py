@@ -170,9 +170,7 @@ def load(directory: Path) -> Artifact:
     present = {path.name for path in directory.iterdir()} - {MANIFEST}
     if present != set(manifest.files) or REPORT not in present:
         odd = ", ".join(sorted(present ^ set(manifest.files))) or REPORT
-        raise ArtifactCorrupt(
-            f"{directory}: {odd}: not both on disk and in the manifest; copy the directory again"
-        )
+        raise ArtifactCorrupt(f"{directory}: {odd}: not both on disk and in the manifest; copy the directory again")
     for name, expected in manifest.files.items():
         if name != REPORT and file_digest(directory / name) != expected:
             raise ArtifactCorrupt(

@@ -35,7 +35,9 @@ async def ready(context: Ctx) -> JSONResponse:
     return JSONResponse({"ready": is_ready, "live": engine.alive}, 200 if is_ready else 503)
 
 
-@router.get("/metrics", operation_id="metrics", summary="Prometheus metrics", response_class=Response, responses=_EXPOSED)
+@router.get(
+    "/metrics", operation_id="metrics", summary="Prometheus metrics", response_class=Response, responses=_EXPOSED
+)
 async def metrics(context: Ctx, request: Request) -> Response:
     """The text format, or OpenMetrics where the scraper asks for it."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))

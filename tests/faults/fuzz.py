@@ -3,20 +3,19 @@
 
     python -m tests.faults.fuzz [--images 20000] [--requests 300]
 
-Ends with an error at the first input that is answered as nobody documented. Writes tests/faults/results/fuzz.json.
+Ends with an error at the first input that is answered as nobody documented. Writes tests/faults/results/fuzz.json and
+the table of docs/reliability.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import tempfile
 import warnings
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -33,10 +32,10 @@ from schemathesis.specs.openapi.checks import (
 from detector.errors import ImageError
 from detector.images import Limits, Preprocessing, decode
 from tests.e2e.server import running
+from tests.faults import report
 from tests.faults.wire import resident_bytes
 from tests.helpers import EMBEDDED, encoded, photo
 
-RESULT = Path("tests/faults/results/fuzz.json")
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 ADMIN = "boss"
 ADMIN_SHA256 = hashlib.sha256(ADMIN.encode()).hexdigest()
@@ -158,7 +157,10 @@ def main() -> None:
     before = resident_bytes(own)
     ends = fuzz_images(arguments.images)
     growth = resident_bytes(own) - before
-    with tempfile.TemporaryDirectory() as state, running(EMBEDDED.parents[1], state_dir=state, admin_token_sha256=ADMIN_SHA256) as server:
+    with (
+        tempfile.TemporaryDirectory() as state,
+        running(EMBEDDED.parents[1], state_dir=state, admin_token_sha256=ADMIN_SHA256) as server,
+    ):
         headers = {"authorization": f"Bearer {ADMIN}"}
         fuzz_requests(server.url, 5, headers)
         resident = resident_bytes(server.process.pid)
@@ -172,8 +174,7 @@ def main() -> None:
             "growth_mb": round(server_growth / 1e6, 1), "exit_code": code,
         },
     }  # fmt: skip
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    report.write("fuzz", result)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ async def by_many(url: str, connections: int, count: int, work: Work) -> None:
 
 
 async def decoding(url: str, images: int) -> tuple[Counter[int], list[tuple[int, float]]]:
-    """Post large JPEGs at once and probe liveness meanwhile: statuses of the images; status and seconds of the probes."""
+    """Post large JPEGs at once and probe liveness meanwhile: their statuses, and status and seconds of the probes."""
     probes: list[tuple[int, float]] = []
     statuses: Counter[int] = Counter()
 

@@ -3,8 +3,8 @@
 
     python -m tests.faults.soak [--minutes 15]
 
-Writes tests/faults/results/soak.json and, with what `make fuzz` found, the tables of docs/reliability.md. Ends with an
-error where a promise was broken; what was measured is written all the same.
+Writes tests/faults/results/soak.json and the table of docs/reliability.md. Ends with an error where a promise was
+broken; what was measured is written all the same.
 """
 
 from __future__ import annotations
@@ -18,28 +18,23 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.readme import replaced
 from tests.e2e.server import Process, running
-from tests.faults import scenarios
-from tests.faults.fuzz import RESULT as FUZZ_RESULT
+from tests.faults import report, scenarios
+from tests.faults.report import Result
 from tests.faults.wire import Connection, at_rest, cpu_s, open_files, request, resident_bytes
 from tests.helpers import EMBEDDED, GOOD, HUGE_PNG, encoded, photo
 
-RESULT, DOCUMENT = Path("tests/faults/results/soak.json"), Path("docs/reliability.md")
 SAMPLE_S = 2.0
 CONNECTIONS = 16
-OVERLOAD = 10  # times what the server can do
 DEADLINE_S = 2.0  # of a request under overload
-Result = dict[str, Any]
 
 
 @contextmanager
@@ -93,14 +88,14 @@ def overload(seconds: float) -> Result:
         alone = asyncio.run(scenarios.crowd(server.url, 32, 3000))
         rate, per_cpu_s = len(alone) / (time.monotonic() - began), len(alone) / (cpu_s(pid) - used)
         memory, used = resident_bytes(pid), cpu_s(pid)
-        answers = asyncio.run(scenarios.arrivals(server.url, scenarios.SMALL, OVERLOAD * rate, seconds))
+        answers = asyncio.run(scenarios.arrivals(server.url, scenarios.SMALL, report.OVERLOAD * rate, seconds))
         asyncio.run(at_rest(server.url))
         admitted = [took for status, took, _ in answers if status == 200]
         refused = [took for status, took, _ in answers if status == 429]
         statuses = Counter(status for status, _, _ in answers)
         return {
             "unloaded_per_s": round(rate),
-            "offered_per_s": round(OVERLOAD * rate),
+            "offered_per_s": round(report.OVERLOAD * rate),
             "seconds": seconds,
             "statuses": {str(status): count for status, count in sorted(statuses.items())},
             "refusals_without_retry_after": sum(status == 429 and not told for status, _, told in answers),
@@ -229,83 +224,12 @@ def slope_of(times: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[f
     return slope, float(np.sqrt((residual**2).sum() / (blocks - 2) / (centred**2).sum()))
 
 
-PROMISES: list[tuple[str, Callable[[Result], bool]]] = [
-    ("every large image is judged and every probe answered with 200",
-     lambda r: r["decoding"]["answered"] == 64 and not r["decoding"]["probes_failed"]),
-    ("liveness p99 under 50 ms meanwhile", lambda r: r["decoding"]["probe_p99_ms"] < 50),
-    ("nobody loses an answer to callers who leave", lambda r: not r["vanishing"]["wrong"]),
-    ("under overload only 200, 429 with Retry-After, and 504",
-     lambda r: r["overload"]["statuses"].keys() <= {"200", "429", "504"}
-     and not r["overload"]["refusals_without_retry_after"]),
-    ("admitted requests meet their deadline", lambda r: r["overload"]["admitted_p99_ms"] <= r["overload"]["deadline_ms"]),
-    ("at least 85 % of the unloaded work for each second of processor time",
-     lambda r: r["overload"]["admitted_per_cpu_s"] >= 0.85 * r["overload"]["unloaded_per_cpu_s"]),
-    ("bodies that never end get 408, others 200 meanwhile",
-     lambda r: r["mistreatment"]["slow"].keys() == {"408"} and r["mistreatment"]["beside_slow"].keys() == {"200"}),
-    ("pipelined requests are answered in order", lambda r: r["mistreatment"]["pipelined_in_order"]),
-    ("beside 10,000 idle connections others get 200", lambda r: r["mistreatment"]["beside_idle"].keys() == {"200"}),
-    ("no file stays open", lambda r: r["mistreatment"]["open_files_more"] <= 2),
-    ("in mixed traffic no request is lost and nothing is logged as an error",
-     lambda r: not r["mixed"]["lost"] and not r["mixed"]["errors_logged"]),
-    ("resident memory does not grow beyond its noise",
-     lambda r: r["mixed"]["resident_slope_mb_per_h"] <= 3 * r["mixed"]["resident_slope_error_mb_per_h"]),
-]  # fmt: skip
-
-
-def table(result: Result, fuzzed: Result | None) -> str:
-    """What was done, what was seen, and what was lost."""
-    d, v, o, m, x = (result[part] for part in ("decoding", "vanishing", "overload", "mistreatment", "mixed"))
-    ratio = o["admitted_per_cpu_s"] / o["unloaded_per_cpu_s"]
-    s = o["statuses"]
-    late = s.get("504", 0)
-    lost = o["statuses"].get("0", 0)
-    rows = [
-        ("64 JPEGs of 12 megapixels at once", f"liveness p50 {d['probe_p50_ms']} ms, p99 {d['probe_p99_ms']} ms of "
-         f"{d['probes']:,} probes; event loop late by {d['loop_lag_mean_ms']} ms on average", 64 - d["answered"]),
-        (f"{v['requests']:,} requests, of which {v['left']:,} callers leave", f"{v['answered']:,} answered, each once "
-         "and with its own answer; queue back at 0", v["wrong"]),
-        (f"{OVERLOAD} × capacity for {o['seconds']:g} s: {o['offered_per_s']:,} requests/s", f"{s.get('200', 0):,} "
-         f"admitted and answered (p99 {o['admitted_p99_ms']:,.0f} ms of {o['deadline_ms']:,.0f}), {s.get('429', 0):,} "
-         f"refused with Retry-After (p99 {o['refused_p99_ms']:,.0f} ms), {late:,} late (504); {ratio:.0%} of the "
-         f"unloaded work per processor second; memory {o['growth_mb']:+} MB", lost),
-        ("1,000 bodies that never end", "408 for each, 200 for others meanwhile", 1000 - m["slow"].get("408", 0)),
-        ("500 half-closed connections", ", ".join(f"{n} × {end}" for end, n in sorted(m["half_closed"].items())), 0),
-        (f"{m['pipelined']:,} pipelined requests", "answered in order" if m["pipelined_in_order"] else "out of order", 0),
-        ("10,000 idle connections", f"closed by the server after their time; {sum(m['beside_idle'].values()):,} requests "
-         f"beside them answered; memory {m['growth_mb']:+} MB after all four", 0),
-        (f"{x['minutes']:g} min of mixed traffic: {x['requests']:,} requests", f"resident memory "
-         f"{x['resident_mb']['first']} → {x['resident_mb']['last']} MB, slope {x['resident_slope_mb_per_h']} ± "
-         f"{x['resident_slope_error_mb_per_h']} MB/h; {x['open_files']['least']} to {x['open_files']['most']} open files",
-         x["lost"]),
-    ]  # fmt: skip
-    if fuzzed is not None:
-        images, requests = fuzzed["images"], fuzzed["requests"]
-        rows += [
-            (f"{images['tried']:,} damaged JPEG, PNG and WebP files", f"{images['ends']['decoded']:,} decoded, the others "
-             f"refused by name; memory {images['growth_mb']:+} MB", 0),
-            (f"{requests['tried']:,} requests made up after the OpenAPI document", "only documented statuses: "
-             + ", ".join(f"{n:,} × {status}" for status, n in requests["statuses"].items())
-             + f"; memory {requests['growth_mb']:+} MB", 0),
-        ]  # fmt: skip
-    lines = ["| what was done | what was seen | lost |", "|---|---|---|"]
-    lines += [f"| {done} | {seen} | {losses} |" for done, seen, losses in rows]
-    lines += ["", *(f"- {'kept' if kept else '**broken**'}: {promise}" for promise, kept in result["promises"].items())]
-    machine = result["machine"]
-    lines += ["", f"Measured on {machine['cores']} cores ({machine['processor']}), load average {machine['load']} at the "
-              f"start, callers and server on the same machine; Python {machine['python']}, torch {machine['torch']}, CPU."]  # fmt: skip
-    return "\n".join(lines)
-
-
 def machine() -> Result:
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "cores": os.cpu_count(), "processor": names[0].partition(":")[2].strip() if names else platform.machine(),
         "load": round(os.getloadavg()[0], 1), "python": platform.python_version(), "torch": torch.__version__,
     }  # fmt: skip
-
-
-def stored_fuzz() -> Result | None:
-    return json.loads(FUZZ_RESULT.read_text()) if FUZZ_RESULT.exists() else None
 
 
 def main() -> None:
@@ -317,10 +241,8 @@ def main() -> None:
     result |= {"decoding": decoding(), "vanishing": vanishing(), "overload": overload(arguments.overload)}
     result |= {"mistreatment": mistreatment(), "mixed": mixed(arguments.minutes)}
     result = json.loads(json.dumps(result))  # as it is read again
-    result["promises"] = {promise: bool(kept(result)) for promise, kept in PROMISES}
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    DOCUMENT.write_text(replaced(DOCUMENT.read_text(), "soak", table(result, stored_fuzz())))
+    result["promises"] = {promise: bool(kept(result)) for promise, kept in report.PROMISES}
+    report.write("soak", result)
     broken = [promise for promise, kept in result["promises"].items() if not kept]
     if broken:
         raise SystemExit("broken: " + "; ".join(broken))

@@ -43,9 +43,7 @@ def test_callers_who_leave_cost_nobody_an_answer_and_leave_nothing_behind(server
     assert not any(record["level"] in ("ERROR", "CRITICAL") for record in server.log[logged:])
 
 
-def test_what_was_asked_by_somebody_who_left_is_not_computed(
-    toy_models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_asked_by_somebody_who_left_is_not_computed(toy_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, judged = threading.Event(), []
 
     async def leave(url: str, depth: Callable[[], int]) -> None:

@@ -104,7 +104,10 @@ async def metric(connection: Connection, name: str) -> float:
 async def at_rest(url: str) -> bool:
     """Whether the server comes to have nothing under way; a request a turn is the wait."""
     async with asyncio.timeout(PATIENCE_S), connected(url) as connection:
-        while await metric(connection, "oodgate_queue_depth") or await metric(connection, "oodgate_requests_in_progress") > 1:
+        while (
+            await metric(connection, "oodgate_queue_depth")
+            or await metric(connection, "oodgate_requests_in_progress") > 1
+        ):
             pass
     return True
 
