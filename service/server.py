@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -41,8 +41,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timer()
         super().connection_lost(exc)
-        if self.scope is not None and ABANDON in self.scope:
-            self.scope[ABANDON]()  # type: ignore[typeddict-item]
+        scope = cast(dict[str, Any] | None, self.scope)  # None where nothing was ever asked
+        if scope is not None and ABANDON in scope:
+            scope[ABANDON]()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:

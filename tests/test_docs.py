@@ -16,6 +16,7 @@ from detector.errors import OodgateError
 from detector.scores import registry
 from service import Settings, create_app
 from service.metrics import Metrics
+from tests.faults import report
 from tests.helpers import EMBEDDED, ROOT
 
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
@@ -80,6 +81,10 @@ def test_the_readmes_results_are_those_of_the_model() -> None:
 def test_the_performance_page_shows_what_was_measured() -> None:
     measured = json.loads((ROOT / "benchmarks" / "results" / "decode.json").read_text())
     assert decode.table(measured) in (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_the_reliability_page_shows_what_was_measured() -> None:
+    assert report.table() in (ROOT / "docs" / "reliability.md").read_text()
 
 
 def test_the_results_page_speaks_of_the_model_that_is_here() -> None:

@@ -51,7 +51,7 @@ class Process:
             self._ended.set()
             self._grown.notify_all()
 
-    def wait_ready(self, seconds: float = 60) -> None:
+    def wait_ready(self, seconds: float = 300) -> None:
         self.wait_logged(seconds, message="Uvicorn running")
 
     def wait_logged(self, seconds: float = 60, *, after: int = 0, **fields: str) -> None:

@@ -59,7 +59,7 @@ def obey() -> None:
 
 
 def launch() -> NoReturn:
-    Backbone.outputs = spoiled  # type: ignore[method-assign]
+    Backbone.outputs = spoiled  # type: ignore[assignment,method-assign]
     threading.Thread(target=obey, daemon=True).start()
     main()
     raise SystemExit

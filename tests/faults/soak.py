@@ -15,10 +15,11 @@ import json
 import os
 import platform
 import random
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -238,8 +239,17 @@ def main() -> None:
     parser.add_argument("--overload", type=float, default=60, help="seconds of overload")
     arguments = parser.parse_args()
     result: Result = {"machine": machine()}
-    result |= {"decoding": decoding(), "vanishing": vanishing(), "overload": overload(arguments.overload)}
-    result |= {"mistreatment": mistreatment(), "mixed": mixed(arguments.minutes)}
+    stages: dict[str, Callable[[], Result]] = {
+        "decoding": decoding,
+        "vanishing": vanishing,
+        "overload": lambda: overload(arguments.overload),
+        "mistreatment": mistreatment,
+        "mixed": lambda: mixed(arguments.minutes),
+    }
+    for name, stage in stages.items():
+        result[name] = stage()
+        sys.stdout.write(json.dumps({name: result[name]}) + "\n")
+        sys.stdout.flush()
     result = json.loads(json.dumps(result))  # as it is read again
     result["promises"] = {promise: bool(kept(result)) for promise, kept in report.PROMISES}
     report.write("soak", result)
