@@ -201,15 +201,24 @@ async def arrivals(url: str, bodies: Sequence[bytes], rate: float, seconds: floa
     answers: list[tuple[int, float, bool]] = []
 
     async def one(due: float, body: bytes) -> None:
+        kept = idle_connections.pop() if idle_connections else None
         try:
-            connection = idle_connections.pop() if idle_connections else await Connection.open(url)
-            answer = await connection.ask(VERDICT, body)
+            connection, answer = await ask(kept, body)
         except (OSError, asyncio.IncompleteReadError, TimeoutError):
             answers.append((0, time.monotonic() - due, False))
             return
         answers.append((answer.status, time.monotonic() - due, "retry-after" in answer.headers))
         if answer.headers.get("connection") != "close":
             idle_connections.append(connection)
+
+    async def ask(kept: Connection | None, body: bytes) -> tuple[Connection, Reply]:
+        if kept is not None:
+            try:
+                return kept, await kept.ask(VERDICT, body)
+            except (OSError, asyncio.IncompleteReadError):
+                pass  # it had been idle for longer than the server keeps connections, as every client must expect
+        connection = await Connection.open(url)
+        return connection, await connection.ask(VERDICT, body)
 
     started = time.monotonic()
     async with asyncio.TaskGroup() as group:
