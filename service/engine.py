@@ -366,8 +366,8 @@ class Engine:
         except Exception:
             log.warning("the engine still fails", exc_info=True)
         else:
-            log.info("the engine works again")
             self._failures = 0
+            log.info("the engine works again")
 
     def _shadows_now(self, model: ServedModel) -> bool:
         self._shadow_share += model.shadow_ratio

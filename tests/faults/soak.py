@@ -195,7 +195,7 @@ def mixed(minutes: float) -> Result:
                 group.create_task(worker(server.url, number))
         await at_rest(server.url)
 
-    with served(log_level="WARNING") as server:
+    with served() as server:
         asyncio.run(traffic(server))
         worrying = Counter(str(record["message"]) for record in server.log if record["level"] in ("ERROR", "CRITICAL"))
         files_after = open_files(server.process.pid)
