@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+MINUTES ?= 15
 # OpenMP threads that spin while waiting collapse beside a busy neighbour.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: serve test check bench bench-serving bench-drift fmt model dashboards image-test clean
+.PHONY: serve test check bench bench-serving bench-drift fmt model dashboards image-test soak fuzz clean
 
 serve: $(VENV)/.serve
 	$(BIN)/oodgate serve
@@ -18,6 +19,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
+	$(BIN)/python -m tests.dependencies
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.cifar10.report
@@ -40,6 +42,13 @@ bench-drift: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.drift.simulate
 	$(BIN)/python -m benchmarks.drift.replay
 	$(BIN)/python -m benchmarks.drift.table
+
+# The long forms of the fault tests; docs/reliability.md shows what they found.
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.faults.fuzz
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

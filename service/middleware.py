@@ -62,7 +62,7 @@ class Observe:
             except Unauthorized as error:
                 await response(error, Request(scope))(scope, body.receive, send_with_id)
             except ClientDisconnect:
-                status = CLIENT_GONE
+                status = status or CLIENT_GONE
             except Exception as error:
                 log.error("unexpected error", exc_info=error, extra={"request_id": request_id})
                 if status:
