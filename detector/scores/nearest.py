@@ -13,6 +13,7 @@ from detector.scores.base import Gatherer, Score, State, register
 from detector.scores.gather import Features
 
 NEIGHBOURS = 50
+PER_CLASS = 10  # k is at most the tenth part of a class's rows
 CHUNK_CELLS = 2**22  # queries x bank rows held at a time
 GROUP = 8  # keys of which first only the smallest is looked at
 FEW = 4  # queries for which the plain product is the faster
@@ -20,9 +21,11 @@ FEW = 4  # queries for which the plain product is the faster
 
 @register
 class Knn(Score):
-    """||h/||h|| - its 50th nearest neighbour||, over a class-balanced bank of training features.
+    """||h/||h|| - its k-th nearest neighbour||, over a class-balanced bank of training features.
 
-    Neighbours are found by a float32 matrix product, the distance to the 50th is then taken in float64.
+    k is 50, or a tenth of a class's rows where the bank is smaller: beyond the rows of its own class every image is far
+    from its neighbours, whatever it shows. Neighbours are found by a float32 matrix product, the distance to the k-th
+    is then taken in float64.
 
     State: bank float32 [B, D], rows of length one.
     """
@@ -32,6 +35,10 @@ class Knn(Score):
     tensors: ClassVar[tuple[str, ...]] = ("bank",)
     bank: Tensor
 
+    def _attach(self, backbone: Backbone) -> None:
+        rows_per_class = len(self.bank) // backbone.num_classes
+        self.neighbours = max(1, min(NEIGHBOURS, rows_per_class // PER_CLASS))
+
     def _fit(self, backbone: Backbone) -> State:
         return {"bank": unit_rows(self.got(Features).features()).float()}
 
@@ -40,7 +47,7 @@ class Knn(Score):
         return torch.cat([self._kth(unit_rows(part)) for part in torch.split(outputs.penultimate, queries)])
 
     def _kth(self, queries: Tensor) -> Tensor:
-        _, found = smallest(products(self.bank, -queries.float()), min(NEIGHBOURS, len(self.bank)))
+        _, found = smallest(products(self.bank, -queries.float()), self.neighbours)
         distance: Tensor = torch.linalg.vector_norm(queries - self.bank[found[-1]].double(), dim=1)
         return distance
 

@@ -299,7 +299,8 @@ def knn(case: Case, h: np.ndarray, f: np.ndarray) -> np.ndarray:
         return values
 
     bank = unit(case.h.numpy().astype(np.float64))
-    distances = [np.sort(np.linalg.norm(bank - row, axis=1))[49] for row in unit(h)]
+    k = min(50, len(bank) // len(case.weight) // 10)
+    distances = [np.sort(np.linalg.norm(bank - row, axis=1))[k - 1] for row in unit(h)]
     return np.array(distances)
 
 
