@@ -120,7 +120,7 @@ def fuzz_requests(url: str, examples: int, headers: dict[str, str]) -> Counter[s
     statuses: Counter[str] = Counter()
     cards = httpx.get(f"{url}/v1/models", headers=headers).json()["models"]
     there = {"name": cards[0]["name"], "version": cards[0]["version"]}
-    document = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    document: Any = schemathesis.openapi.from_url(f"{url}/openapi.json")
     for result in document.get_all_operations():
         for mode in schemathesis.GenerationMode:
             with suppress(Unsatisfiable):  # an operation without parameters cannot be asked wrongly
