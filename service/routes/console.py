@@ -11,6 +11,8 @@ from pathlib import Path
 
 from fastapi import APIRouter, HTTPException, Request, Response
 
+from service.schemas import Problem
+
 router = APIRouter(tags=["console"])
 
 ROOT = Path(__file__).parents[1] / "console"
@@ -62,7 +64,12 @@ async def page(request: Request) -> Response:
     return _answer(request, PAGE)
 
 
-@router.get("/console/{path:path}", operation_id="console_asset", summary="A file of the console")
+@router.get(
+    "/console/{path:path}",
+    operation_id="console_asset",
+    summary="A file of the console",
+    responses={404: {"model": Problem}},
+)
 async def asset(path: str, request: Request) -> Response:
     """Scripts, styles and sample images."""
     return _answer(request, path)
