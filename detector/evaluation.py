@@ -86,6 +86,7 @@ def summarise(measured: Measured, replicates: int = REPLICATES) -> dict[str, Any
     views = [(values, [part.scores[name] for part in measured.ood.values()]) for name, values in known.scores.items()]
     drawn = auroc_replicates(views, replicates)
     return {
+        "precision": measured.precision,
         "id": _acceptance(known),
         "decisions": decisions,
         "scores": {name: _score_report(measured, name, sets) for name, sets in zip(known.scores, drawn, strict=True)},

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from detector.artifact import without_overlap
+from detector.backbone import Precision
 from detector.calibration import p_values
 from detector.data import UNLABELLED, Dataset, Labels
 from detector.detector import Detector
@@ -69,12 +70,14 @@ class Measured:
 
     Args:
         score_name: the score that decides.
+        precision: what the network ran in.
         known: in-distribution test images.
         ood, shifted: other data sets by name.
         seconds: what `seconds_per_image` gives.
     """
 
     score_name: str
+    precision: Precision
     known: Scored
     ood: Mapping[str, Scored]
     shifted: Mapping[str, Scored]
@@ -101,6 +104,7 @@ def measure(
     run = _Runner(detector, names, report)
     return Measured(
         score_name=detector.manifest.policy.score_name,
+        precision=detector.backbone.precision,
         known=run.new(id_test, "in-distribution test"),
         ood={name: run(part.dataset, part.group) for name, part in ood.items()},
         shifted={name: run.new(dataset, name) for name, dataset in shifted.items()},

@@ -18,9 +18,9 @@ from detector.errors import OodgateError
 from service import logs, problems
 from service.audit import Audit, NoAudit
 from service.context import Context, Lifecycle
+from service.direct import App
 from service.engine import Answer, Engine, ServedModel
 from service.metrics import Metrics
-from service.middleware import Observe
 from service.registry import Registry
 from service.routes import admin, health, models, oip, verdict
 from service.security import Tokens, is_loopback, read_tokens
@@ -80,15 +80,21 @@ def create_app(settings: Settings) -> FastAPI:
             audit.close()
 
     # The interactive pages would load scripts from elsewhere; the document itself stays.
-    app = FastAPI(title="oodgate", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.lifecycle = lifecycle
-    app.add_middleware(
-        Observe,
-        metrics=metrics,
-        tokens=tokens,
-        max_body_bytes=settings.max_body_bytes,
-        max_buffered_bytes=settings.max_buffered_bytes,
+    app = App(
+        direct=verdict.router.routes,
+        observed={
+            "metrics": metrics,
+            "tokens": tokens,
+            "max_body_bytes": settings.max_body_bytes,
+            "max_buffered_bytes": settings.max_buffered_bytes,
+        },
+        title="oodgate",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
     )
+    app.state.lifecycle = lifecycle
     problems.install(app)
     for part in (verdict, oip, models, admin, health):
         app.include_router(part.router)

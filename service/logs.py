@@ -5,13 +5,48 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from typing import Any, TextIO
 
+import orjson
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 
+class Access:
+    """One line a request, straight to the stream: a log record would cost more than the answer to a small image."""
+
+    def __init__(self) -> None:
+        self._stream: TextIO | None = None
+        self._level = logging.CRITICAL
+
+    def to(self, stream: TextIO, level: int) -> None:
+        """Write lines of this level and above to this stream from now on."""
+        self._stream, self._level = stream, level
+
+    def write(self, level: int, record: dict[str, Any]) -> None:
+        """Write what happened to a request; to the logger `service.access` where no stream was given."""
+        if self._stream is None:
+            logging.getLogger("service.access").log(level, "request", extra=record)
+        elif level >= self._level:
+            now = time.time()
+            stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))}.{int(now % 1 * 1000):03d}"
+            head = {
+                "time": stamp,
+                "level": logging.getLevelName(level),
+                "logger": "service.access",
+                "message": "request",
+            }
+            self._stream.write(orjson.dumps(head | record, option=orjson.OPT_APPEND_NEWLINE).decode())
+            self._stream.flush()
+
+
+access = Access()
+
+
 def configure(level: str) -> None:
     """Send every logger's records to stdout as JSON, one object a line."""
+    access.to(sys.stdout, logging.getLevelNamesMapping()[level])
     handler = logging.StreamHandler(sys.stdout)
     names = {"levelname": "level", "name": "logger", "asctime": "time"}
     formatter = JsonFormatter(

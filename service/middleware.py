@@ -8,15 +8,19 @@ import re
 import time
 import uuid
 
-from starlette.requests import Request
+from prometheus_client import Counter, Histogram
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import BodyTooLarge, BuffersFull, Unauthorized
+from service.logs import access
 from service.metrics import Metrics
 from service.problems import response, unexpected
 from service.security import ANONYMOUS, Caller, Tokens, is_open_path
 
-log = logging.getLogger("service.access")
+log = logging.getLogger(__name__)
+
+CLIENT_GONE = 499  # in metrics and the log, of a request whose client left: nobody saw a status
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
@@ -30,6 +34,7 @@ class Observe:
     ) -> None:
         self.app, self.metrics, self.tokens = app, metrics, tokens
         self.max_body_bytes, self.max_buffered_bytes = max_body_bytes, max_buffered_bytes
+        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._buffered = 0  # bytes of all bodies under way; the event loop alone touches it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,6 +59,8 @@ class Observe:
                 await self.app(scope, body.receive, send_with_id)
             except Unauthorized as error:
                 await response(error, Request(scope))(scope, body.receive, send_with_id)
+            except ClientDisconnect:
+                status = CLIENT_GONE
             except Exception as error:
                 log.error("unexpected error", exc_info=error, extra={"request_id": request_id})
                 if status:
@@ -70,20 +77,30 @@ class Observe:
         return self.tokens.caller(sent)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        route = scope.get("route")
-        handler = getattr(route, "path", "unmatched")
+        handler = getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        self.metrics.requests.labels(handler, method, str(status)).inc()
-        self.metrics.request_seconds.labels(handler, method).observe(seconds)
-        record = {
-            "request_id": scope["request_id"],
-            "method": scope["method"],
-            "path": scope["path"],
-            "status": status,
-            "duration_ms": round(1000 * seconds, 3),
-        }
+        requests, request_seconds = self._counted(handler, method, status)
+        requests.inc()
+        request_seconds.observe(seconds)
         quiet = handler.startswith(("/v2/health", "/metrics"))
-        log.log(logging.DEBUG if quiet else logging.INFO, "request", extra=record)
+        access.write(
+            logging.DEBUG if quiet else logging.INFO,
+            {
+                "request_id": scope["request_id"],
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "duration_ms": round(1000 * seconds, 3),
+            },
+        )
+
+    def _counted(self, handler: str, method: str, status: int) -> tuple[Counter, Histogram]:
+        """The series of an answer; looking them up by their labels would cost more than counting."""
+        key = handler, method, status
+        if key not in self._series:
+            metrics = self.metrics
+            self._series[key] = metrics.requests.labels(*key), metrics.request_seconds.labels(handler, method)
+        return self._series[key]
 
 
 def _request_id(scope: Scope) -> str:

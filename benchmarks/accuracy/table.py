@@ -95,7 +95,7 @@ def _default_model() -> list[str]:
     report = json.loads((MODEL / "report.json").read_text())
     lines = (
         f"Model `{manifest.name}` version {manifest.version}, `{manifest.model_digest}`: ResNet-18 of width "
-        f"{manifest.network.width}, trained on {manifest.fit.n:,} CIFAR-10 images, float32 on the CPU, decided by "
+        f"{manifest.network.width}, trained on {manifest.fit.n:,} CIFAR-10 images, run in {report['precision']} on the CPU, decided by "
         f"`{manifest.policy.score_name}`. `deferred` is what the server defers.\n"
     )
     shifts = "The first 2,000 test images under other imaging; they are never counted as OOD:\n"

@@ -30,8 +30,8 @@ BOUNDARY = "oodgate-benchmark"
 # Of oodgate itself: what each asked precision is run with. `auto` is the server as it sets itself up.
 SETTINGS = {
     "auto": {},
-    "fp32": {"OODGATE_PRECISION": "fp32", "OODGATE_COMPILE": "false"},
-    "bf16": {"OODGATE_PRECISION": "bf16", "OODGATE_COMPILE": "false"},
+    "fp32": {"OODGATE_PRECISION": "fp32", "OODGATE_COMPILE": "off"},
+    "bf16": {"OODGATE_PRECISION": "bf16", "OODGATE_COMPILE": "off"},
 }
 
 

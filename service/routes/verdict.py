@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from fastapi.routing import APIRoute
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -31,26 +30,7 @@ from service.judging import (
 )
 from service.schemas import Problem, VerdictBody, VerdictList, verdict_body
 
-
-class DirectRoute(APIRoute):
-    """A route whose endpoint is called with the request and its path, and nothing is solved for it.
-
-    Resolving dependencies takes longer than all else that a small image costs the event loop.
-    """
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        endpoint = self.endpoint
-
-        async def handle(request: Request) -> Response:
-            response: Response = await endpoint(
-                request=request, context=request.app.state.context, **request.path_params
-            )
-            return response
-
-        return handle
-
-
-router = APIRouter(tags=["verdict"], route_class=DirectRoute, default_response_class=Response)
+router = APIRouter(tags=["verdict"], default_response_class=Response)
 
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
 FORM_TYPE = "multipart/form-data"
