@@ -21,6 +21,7 @@ test-ray: $(RAY)/.ready
 bench-scaling: $(RAY)/.ready
 	$(BIN)/python -m benchmarks.scaling.stages
 	$(RAY)/bin/python -m benchmarks.scaling.replicas
+	$(BIN)/python -m benchmarks.scaling.table
 
 $(RAY)/.ready: deploy/ray/requirements.txt $(VENV)/.dev
 	$(BIN)/python -m venv $(RAY)

@@ -17,6 +17,7 @@ import numpy as np
 import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayTaskError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -41,15 +42,18 @@ def fit_scores(
     workdir: Path | None = None,
     report: Report = silent,
     resumed: Report = silent,
+    shard: int = SHARD,
 ) -> tuple[dict[str, Score], Tensor]:
     """Fit scores in one pass over labelled images, on the Ray cluster that `RAY_ADDRESS` names, or on this machine.
 
     The files of the data set must be readable under the same paths on every node. Arguments and result are those of
-    `detector.features.fit_scores`; progress in `workdir` is shared with it.
+    `detector.features.fit_scores`; progress in `workdir` is shared with it. `shard`, rounded up to whole batches, is
+    how many images a worker holds, and how many leave one state behind, to be sent and merged: docs/scaling.md.
 
     Raises:
         DataError: an image cannot be read, or a shard came back other than asked for.
     """
+    shard = -(-shard // BATCH) * BATCH
     scores = {name: registry()[name](options) for name in names}
     gatherers = share_gatherers(scores.values())
     progress = Progress(workdir, fit_key(backbone, dataset, options, sorted(gatherers))) if workdir else None
@@ -58,9 +62,10 @@ def fit_scores(
         resumed(done)
         report(done)
     parts = [ids]
-    for number, shard in enumerate(_shards(names, backbone, dataset, options, start=done), start=1):
-        done += _merge(gatherers, options, shard, range(done, min(done + SHARD, len(dataset))))
-        parts.append(torch.from_numpy(np.frombuffer(shard["ids"], np.int64).copy()))
+    rows = _shards(names, backbone, dataset, options, range(done, len(dataset), shard))
+    for number, row in enumerate(rows, start=1):
+        done += _merge(gatherers, options, row, range(done, min(done + shard, len(dataset))))
+        parts.append(torch.from_numpy(np.frombuffer(row["ids"], np.int64).copy()))
         if progress and number % KEEP_EVERY == 0:
             progress.save(gatherers, torch.cat(parts))
         report(len(parts[-1]))
@@ -72,10 +77,9 @@ def fit_scores(
 
 
 def _shards(
-    names: Sequence[str], backbone: Backbone, dataset: Dataset, options: FitOptions, *, start: int
+    names: Sequence[str], backbone: Backbone, dataset: Dataset, options: FitOptions, starts: range
 ) -> Iterator[Row]:
     """What was gathered from each shard, in the order of the images."""
-    starts = range(start, len(dataset), SHARD)
     if not starts:
         return
     if not ray.is_initialized():
@@ -85,7 +89,10 @@ def _shards(
     DataContext.get_current().execution_options.preserve_order = True
     shared = ray.put(dataset)
     network = _Network(backbone.module, backbone.preprocessing, backbone.head, backbone.early, backbone.device.type)
-    rows = ray.data.from_items([{"start": first} for first in starts], override_num_blocks=len(starts))
+    rows = ray.data.from_items(
+        [{"start": first, "stop": min(first + starts.step, len(dataset))} for first in starts],
+        override_num_blocks=len(starts),
+    )
     # Without accelerators Ray joins the two stages in one worker, which saves it from passing the images on.
     shards = rows.map(_decode, fn_kwargs={"dataset": shared}, num_cpus=1).map(
         _Extract,
@@ -94,7 +101,17 @@ def _shards(
         num_cpus=0 if on_gpu else 1,
         num_gpus=1 if on_gpu else 0,
     )
-    yield from shards.iter_rows()
+    try:
+        yield from shards.iter_rows()
+    except RayTaskError as error:
+        raise DataError(f"the cluster could not read or run the training images: {_origin(error)}") from error
+
+
+def _origin(error: BaseException) -> BaseException:
+    """What went wrong on the worker, without Ray's account of the way back."""
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = cause
+    return error
 
 
 def _merge(gatherers: Mapping[str, Gatherer], options: FitOptions, shard: Row, expected: range) -> int:
@@ -127,13 +144,12 @@ class _Network:
 def _decode(row: Row, dataset: Any) -> Row:
     """The images of a shard, as the network takes them."""
     images: Dataset = ray.get(dataset)
-    indices = range(row["start"], min(row["start"] + SHARD, len(images)))
-    pixels = np.stack([images.read(index) for index in indices])
+    pixels = np.stack([images.read(index) for index in range(row["start"], row["stop"])])
     return {
         "start": row["start"],
         "shape": list(pixels.shape),
         "pixels": pixels.tobytes(),
-        "labels": images.labels[indices.start : indices.stop].tobytes(),
+        "labels": images.labels[row["start"] : row["stop"]].tobytes(),
     }
 
 

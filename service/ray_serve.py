@@ -7,6 +7,8 @@ Batching is the engine's: `serve.batch` on top would only wait twice.
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
 from ray import serve
 
@@ -41,6 +43,8 @@ def replica_app() -> FastAPI:
 class Oodgate:
     """One replica: Ray asks for its health, replaces it when it is lost, and lets it answer all it has when it goes."""
 
+    app: FastAPI  # what `ingress` was given, as it is in this process
+
     def check_health(self) -> None:
         """As `/v2/health/live`: a busy replica is healthy, one without its inference thread is not.
 
@@ -48,7 +52,8 @@ class Oodgate:
             EngineLost: the replica must be replaced.
         """
         if not self.app.state.context.engine.alive:
-            raise EngineLost("the inference thread shows no life")
+            raise EngineLost
 
 
-application = Oodgate.bind()
+_deployment: Any = Oodgate  # the decorator made it one
+application = _deployment.bind()

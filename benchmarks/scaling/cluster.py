@@ -6,10 +6,11 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray import serve
 
@@ -20,8 +21,8 @@ ACTOR = {"num_cpus": 1}
 @contextmanager
 def machine(**environment: str) -> Iterator[None]:
     """Ray with two places for replicas, whatever the number of cores."""
-    # A busy machine takes longer than five seconds to start a process.
-    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
+    # A busy machine takes longer than five seconds to start a process, and more where the process comes last.
+    os.environ |= {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_worker_niceness": "0"}
     env_vars = {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"} | environment
     ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env_vars})
     try:
@@ -55,8 +56,17 @@ def free_port() -> int:
 
 def replicas() -> list[Any]:
     """The actors that answer requests."""
-    from ray.util.state import list_actors
-
-    alive = list_actors(filters=[("state", "=", "ALIVE")])
-    names = [actor.name for actor in alive if actor.name and actor.name.startswith("SERVE_REPLICA")]
+    named = ray.util.list_named_actors(all_namespaces=True)
+    names = [actor["name"] for actor in named if actor["name"].startswith("SERVE_REPLICA")]
     return [ray.get_actor(name, namespace="serve") for name in names]
+
+
+def workers(title: str) -> list[int]:
+    """Process ids of the workers of this Ray whose title holds a word."""
+    below = psutil.Process().children(recursive=True)
+    found = []
+    for process in below:
+        with suppress(psutil.NoSuchProcess):
+            if any(title in word for word in process.cmdline()):
+                found.append(process.pid)
+    return found

@@ -52,7 +52,7 @@ def main() -> None:
     # The mix-up's sums over the early layer are as large as the network says, whatever the images: not made here.
     kinds = share_gatherers(registry()[name](FitOptions(num_classes=CLASSES)) for name in NAMES)
     kept = {name: kind for name, kind in kinds.items() if not isinstance(kind, EarlyMaps)}
-    gathering = core_seconds(lambda: [gather(kept, outputs, labels) for outputs in passed])
+    gathering = core_seconds(lambda: gather(kept, passed, labels))
     early = backbone.outputs(batch[:2], early=True).early
     assert early is not None
     result = {
@@ -104,9 +104,10 @@ def photo(seed: int) -> bytes:
     return file.getvalue()
 
 
-def gather(kinds: dict[str, Gatherer], outputs: Outputs, labels: torch.Tensor) -> None:
-    for kind in kinds.values():
-        kind.add(outputs, labels)
+def gather(kinds: dict[str, Gatherer], passed: list[Outputs], labels: torch.Tensor) -> None:
+    for outputs in passed:
+        for kind in kinds.values():
+            kind.add(outputs, labels)
 
 
 def size_of(kind: Gatherer) -> int:

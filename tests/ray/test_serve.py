@@ -77,12 +77,3 @@ def test_a_replica_killed_under_load_loses_no_request_that_is_sent_again(url: st
     assert len(outcomes) == REQUESTS
     assert [statuses for statuses in outcomes if statuses[-1] != 200] == []
     assert max(map(len, outcomes)) <= 1 + RETRIES
-
-
-def test_ray_brings_the_lost_replica_back(url: str) -> None:
-    deadline = threading.Event()
-    for _ in range(600):
-        if len(replicas()) == 2:
-            return
-        deadline.wait(0.1)
-    raise AssertionError("the second replica is still missing after a minute")
