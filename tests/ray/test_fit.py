@@ -114,7 +114,9 @@ def test_a_worker_that_dies_costs_no_image_and_counts_none_twice(
     assert_same(fitted, local)
 
 
+@pytest.mark.parametrize("engine", [fit_ray.fit_scores, features.fit_scores], ids=["ray", "local"])
 def test_a_fit_that_was_interrupted_goes_on_where_it_stopped(
+    engine: FitScores,
     backbone: Backbone,
     dataset: Dataset,
     local: tuple[dict[str, Score], torch.Tensor],
@@ -131,9 +133,7 @@ def test_a_fit_that_was_interrupted_goes_on_where_it_stopped(
     with pytest.raises(Interrupted):
         fit_ray.fit_scores(NAMES, backbone, dataset, OPTIONS, workdir=tmp_path, report=interrupt)
     resumed: list[int] = []
-    fitted = fit_ray.fit_scores(
-        NAMES, backbone, dataset, OPTIONS, workdir=tmp_path, report=silent, resumed=resumed.append
-    )
+    fitted = engine(NAMES, backbone, dataset, OPTIONS, workdir=tmp_path, report=silent, resumed=resumed.append)
     assert resumed == [fit_ray.SHARD]
     assert_same(fitted, local)
 
