@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # OpenMP threads that spin while waiting collapse beside a busy neighbour.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: serve test test-ray check bench bench-serving bench-scaling fmt model clean
+.PHONY: serve test test-ray check bench bench-serving bench-scaling bench-drift fmt model clean
 
 serve: $(VENV)/.serve
 	$(BIN)/oodgate serve
@@ -42,6 +42,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.score_cost
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.start_up
+	$(BIN)/python -m benchmarks.heat
 	$(BIN)/python -m benchmarks.readme
 
 # Every server on every workload, three times, interleaved: some hours. Needs wrk, and a machine that does nothing else.
@@ -51,6 +52,11 @@ bench-serving: $(VENV)/.dev
 	for workload in N B A; do $(BIN)/python -m benchmarks.serving.experiments --workload $$workload $(BENCH_FLAGS) || exit 1; done
 	$(BIN)/python -m benchmarks.serving.cost --workload N
 	$(BIN)/python -m benchmarks.serving.table
+
+bench-drift: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.drift.simulate
+	$(BIN)/python -m benchmarks.drift.replay
+	$(BIN)/python -m benchmarks.drift.table
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -146,12 +146,7 @@ class Detector:
             CalibrationError: the target was moved after calibration without the `simultaneous` guarantee; or as for
                 `Decider`.
         """
-        moved = policy.target_id_acceptance != self.manifest.policy.target_id_acceptance
-        if moved and policy.guarantee.kind != "simultaneous":
-            raise CalibrationError(
-                f"a {policy.guarantee.kind} promise holds for the target that was fixed before calibration, "
-                f"{self.manifest.policy.target_id_acceptance}; use the simultaneous guarantee or calibrate again"
-            )
+        check_target(policy, self.manifest)
         tolerance = self.manifest.score_tolerance[self.backbone.precision].get(policy.score_name, 0.0)
         chosen = self.manifest.shadow_scores if shadows is None else shadows
         return Decider(policy, self.calibration, self.manifest.class_names, tolerance=tolerance, shadows=chosen)
@@ -231,6 +226,16 @@ class Detector:
         if not bool(same.all()):
             wrong = (~same).nonzero().flatten().tolist()
             raise GoldenMismatch(f"golden inputs {wrong} get another label or decision than the artifact stores")
+
+
+def check_target(policy: Policy, manifest: Manifest) -> None:
+    """Refuse, as CalibrationError, a target moved after calibration without the `simultaneous` guarantee."""
+    fixed = manifest.policy.target_id_acceptance
+    if policy.target_id_acceptance != fixed and policy.guarantee.kind != "simultaneous":
+        raise CalibrationError(
+            f"a {policy.guarantee.kind} promise holds for the target that was fixed before calibration, {fixed}; "
+            "use the simultaneous guarantee or calibrate again"
+        )
 
 
 def calibration_scores(artifact: Artifact, precision: Precision) -> CalibrationScores:

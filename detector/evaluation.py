@@ -31,6 +31,8 @@ from detector.metrics import (
 from detector.tables import scores_table as scores_table, summary as summary, table as table
 
 BINS = 20
+# Of p-values: fine where thresholds lie, so that what another target would defer can be read off.
+P_VALUE_EDGES = np.concatenate([np.linspace(0, 0.1, 21), np.linspace(0.15, 1, 18)]).round(3)
 GROUPS = ("near", "far")
 
 
@@ -125,7 +127,7 @@ def _score_report(measured: Measured, name: str, drawn: NDArray[np.float64]) -> 
         **means,
         "id": _areas(name, known),
         "histogram": _counts(known.scores[name], scores, histogram_edges([known.scores[name], *scores.values()], BINS)),
-        "p_values": _counts(known.p_values[name], p_values, np.linspace(0, 1, BINS + 1)),
+        "p_values": _counts(known.p_values[name], p_values, P_VALUE_EDGES),
     }
 
 

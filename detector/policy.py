@@ -215,19 +215,23 @@ class Decider:
         """
         probabilities = torch.softmax(logits.double(), dim=1)
         confidence, predicted = (part.tolist() for part in probabilities.max(dim=1))
-        doubts = doubt(logits).tolist() if self.doubt_thresholds else []
+        doubts = doubt(logits).tolist() if self.doubt_thresholds else [0.0] * len(predicted)
         group_of = [self.calibration.grouping.of_class[label] for label in predicted]
         evidence = self._evidence(group_of, scores)
         verdicts = []
         for i, (label, group, ood) in enumerate(zip(predicted, group_of, evidence, strict=True)):
-            reason: Reason = "none"
-            if not ood.score <= ood.threshold:  # so that a score that is no number defers
-                reason = "ood"
-            elif self.doubt_thresholds and doubts[i] > self.doubt_thresholds[group].value:
-                reason = "low_confidence"
+            reason = self.reason(group, ood.score, doubts[i])
             prediction = Prediction(label, self.class_names[label], confidence[i])
             verdicts.append(Verdict("accept" if reason == "none" else "defer", reason, prediction, ood))
         return verdicts
+
+    def reason(self, group: int, score: float, doubt: float) -> Reason:
+        """Why an image of a calibration group is deferred, by its deciding score and its doubt; `none` if it is not."""
+        if not score <= self.thresholds[group].value:  # so that a score that is no number defers
+            return "ood"
+        if self.doubt_thresholds and doubt > self.doubt_thresholds[group].value:
+            return "low_confidence"
+        return "none"
 
     def _evidence(self, group_of: Sequence[int], scores: Mapping[str, Scores]) -> list[OodEvidence]:
         deciding = self.policy.score_name

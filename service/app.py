@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 import torch
 from fastapi import FastAPI
@@ -20,15 +21,20 @@ from service.audit import Audit, NoAudit
 from service.context import Context, Lifecycle
 from service.direct import App
 from service.engine import Answer, Engine, ServedModel
+from service.explainer import Explainer
 from service.metrics import Metrics
+from service.recent import Recent
 from service.registry import Registry
-from service.routes import admin, health, models, oip, verdict
+from service.routes import admin, console, explain, gate, health, models, monitor, oip, report, verdict
 from service.security import Tokens, is_loopback, read_tokens
 from service.settings import Settings
+from service.upstream import Upstream
+from service.watch import Watch
 
 log = logging.getLogger(__name__)
 
 LAG_EVERY_S = 0.25
+SAVE_EVERY_S = 30  # seconds of drift evidence that a crash may cost
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -38,6 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
         ArtifactNotFound, ArtifactCorrupt, GoldenMismatch: a model cannot be served; the message says why.
     """
     metrics = Metrics()
+    recent = Recent(metrics)
     lifecycle = Lifecycle()
     users = dict(settings.tokens) | (read_tokens(settings.tokens_file) if settings.tokens_file else {})
     tokens = Tokens(users, settings.admin_token_sha256)
@@ -46,7 +53,8 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         started = time.monotonic()
         torch.set_num_threads(settings.torch_threads)
-        registry = Registry(settings, metrics)
+        watch = Watch(settings, metrics)
+        registry = Registry(settings, metrics, watch)
         try:
             audit = _audit(settings, metrics)
             registry.load_all()
@@ -60,24 +68,46 @@ def create_app(settings: Settings) -> FastAPI:
             timeout_s=settings.request_timeout_s,
             stall_s=settings.engine_stall_s,
             window_s=settings.batch_window_s,
-            on_batch=lambda model, answers: _record(metrics, model, answers),
+            on_batch=lambda model, answers: _record(metrics, recent, model, answers),
             on_restart=metrics.engine_restarts.inc,
         )
         metrics.watch(lambda: engine.depth, lambda: time.time() - engine.pulse_age_s, settings.queue_capacity)
-        with ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode") as decoders:
-            app.state.context = Context(settings, metrics, registry, engine, decoders, tokens, lifecycle, audit)
-            chores = [asyncio.create_task(chore) for chore in _chores(settings, metrics, registry)]
+        upstream = Upstream(settings) if settings.gate_upstream else None
+        explainer = Explainer()
+        with ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode") as decoders, closing(explainer):
+            app.state.context = Context(
+                settings,
+                metrics,
+                registry,
+                engine,
+                decoders,
+                tokens,
+                lifecycle,
+                audit,
+                watch,
+                upstream,
+                explainer,
+                recent,
+            )
+            chores = [asyncio.create_task(chore) for chore in _chores(settings, metrics, registry, watch)]
             if tokens.open and not is_loopback(settings.host):
                 log.warning("open to everybody who reaches it: no tokens are set", extra={"host": settings.host})
             registry.settle()
+            # What lives as long as the server need not be looked through at every full collection, 0.2 s each.
+            gc.collect()
+            gc.freeze()
             log.info("ready", extra={"models": registry.names, "seconds": round(time.monotonic() - started, 3)})
             yield
             log.info("stopping", extra={"admitted": engine.depth})
             for chore in chores:
                 chore.cancel()
             await engine.close(settings.shutdown_grace_s)
+            if upstream is not None:
+                await upstream.close()
             registry.close()
+            watch.save()
             audit.close()
+            gc.unfreeze()
 
     # The interactive pages would load scripts from elsewhere; the document itself stays.
     app = App(
@@ -96,7 +126,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.lifecycle = lifecycle
     problems.install(app)
-    for part in (verdict, oip, models, admin, health):
+    for part in (verdict, explain, oip, gate, models, report, admin, monitor, console, health):
         app.include_router(part.router)
     return app
 
@@ -110,7 +140,9 @@ def _audit(settings: Settings, metrics: Metrics) -> Audit | NoAudit:
     )
 
 
-def _chores(settings: Settings, metrics: Metrics, registry: Registry) -> Iterator[Coroutine[None, None, None]]:
+def _chores(
+    settings: Settings, metrics: Metrics, registry: Registry, watch: Watch
+) -> Iterator[Coroutine[None, None, None]]:
     """What is done again and again beside the requests."""
 
     async def measure_lag() -> None:
@@ -124,12 +156,21 @@ def _chores(settings: Settings, metrics: Metrics, registry: Registry) -> Iterato
             await asyncio.sleep(settings.poll_seconds)
             await registry.load_newer()
 
+    async def refresh_drift() -> None:
+        while True:
+            for _ in range(SAVE_EVERY_S):
+                await asyncio.sleep(1)
+                watch.refresh()
+            watch.save()
+
     yield measure_lag()
+    yield refresh_drift()
     if settings.poll_seconds:
         yield look_for_versions()
 
 
-def _record(metrics: Metrics, model: ServedModel, answers: Sequence[Answer]) -> None:
+def _record(metrics: Metrics, recent: Recent, model: ServedModel, answers: Sequence[Answer]) -> None:
+    recent.count(model, answers)
     metrics.count_verdicts(model.detector.manifest, model.decider, [answer.verdict for answer in answers])
     metrics.batch_size.observe(len(answers))
     metrics.stage["forward"].observe(answers[0].timing.forward)

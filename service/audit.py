@@ -52,6 +52,7 @@ class Audit:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("ab", buffering=0)
+            self._end_the_last_line()
         except OSError as error:
             raise StateUnwritable(self._path, error) from error
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
@@ -73,6 +74,14 @@ class Audit:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+
+    def _end_the_last_line(self) -> None:
+        """A crash may have cut it short; the next line must not be lost to it."""
+        if self._file.tell():
+            with self._path.open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    self._file.write(b"\n")
 
     def _run(self) -> None:
         synced = time.monotonic()

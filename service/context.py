@@ -11,10 +11,14 @@ from fastapi import Depends, Request
 
 from service.audit import Audit, NoAudit
 from service.engine import Engine
+from service.explainer import Explainer
 from service.metrics import Metrics
+from service.recent import Recent
 from service.registry import Registry
 from service.security import Tokens
 from service.settings import Settings
+from service.upstream import Upstream
+from service.watch import Watch
 
 
 class Lifecycle:
@@ -39,9 +43,13 @@ class Context:
     tokens: Tokens
     lifecycle: Lifecycle
     audit: Audit | NoAudit
+    watch: Watch
+    upstream: Upstream | None
+    explainer: Explainer
+    recent: Recent
 
 
-def _context(request: Request) -> Context:
+async def _context(request: Request) -> Context:  # a plain function would be sent through a thread
     context: Context = request.app.state.context
     return context
 

@@ -6,9 +6,11 @@ OodgateError
     ├── EmptyRequest              400  no body, or no file in the form
     ├── MalformedForm             400  multipart/form-data that cannot be parsed
     ├── MalformedRequest          400  JSON that cannot be understood
+    ├── PathRefused               400  a path that could leave the app behind the gate
     ├── Unauthorized              401  no token, or an unknown one
     ├── AdminOnly                 403  the admin's token is needed
     ├── AdminDisabled             403  no admin token is configured
+    ├── GateDisabled              404  no app stands behind the gate
     ├── ModelNotFound             404  no model or version of that name
     ├── BodyTooLarge              413  longer than OODGATE_MAX_BODY_BYTES
     ├── TooManyImages             413  more than OODGATE_MAX_IMAGES
@@ -17,9 +19,13 @@ OodgateError
     ├── QueueFull                 429  OODGATE_QUEUE_CAPACITY images are under way
     ├── StateUnwritable           500  OODGATE_STATE_DIR cannot be written
     ├── ScoringFailed             500  the network or a score failed on this batch
+    ├── UpstreamFailed            502  the app behind the gate cannot be reached, or broke off
+    ├── NotScored                 503  the gate forwards nothing that it could not judge
     ├── NotReady                  503  no model is loaded, or the server is stopping
     ├── EngineLost                503  the inference thread has ended
+    ├── UpstreamTimeout           504  the app behind the gate did not answer within OODGATE_GATE_TIMEOUT_S
     └── DeadlinePassed            504  not answered within OODGATE_REQUEST_TIMEOUT_S
+    (DriftStateMismatch is a child of OodgateError itself: no request is answered with it)
 """
 
 from __future__ import annotations
@@ -191,3 +197,62 @@ class DeadlinePassed(ServiceError):
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"not answered within {seconds:g} s. Send less at once, or raise OODGATE_REQUEST_TIMEOUT_S.")
+
+
+class PathRefused(ServiceError):
+    """The path behind the gate could lead out of the app's base path."""
+
+    code, status = "path_refused", 400
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the path behind /gate/ has a segment `.` or `..`, a backslash or a control character, perhaps encoded; "
+            "send the path that the app itself serves"
+        )
+
+
+class GateDisabled(ServiceError):
+    """No app stands behind the gate."""
+
+    code, status = "gate_disabled", 404
+
+    def __init__(self) -> None:
+        super().__init__("no app stands behind the gate; set OODGATE_GATE_UPSTREAM to its URL")
+
+
+class NotScored(ServiceError):
+    """The images could not be judged, and the gate fails closed."""
+
+    code, status = "not_scored", 503
+
+    def __init__(self, cause: OodgateError) -> None:
+        super().__init__(f"not judged, so not forwarded [{cause.code}]: {cause}")
+        self.retry_after_s = (cause.retry_after_s if isinstance(cause, ServiceError) else None) or 5
+
+
+class UpstreamFailed(ServiceError):
+    """The app behind the gate cannot be reached, or broke off."""
+
+    code, status = "upstream_failed", 502
+
+    def __init__(self) -> None:
+        super().__init__("the app behind the gate cannot be reached or broke off; the log has more under this id")
+
+
+class UpstreamTimeout(ServiceError):
+    """The app behind the gate did not answer in time."""
+
+    code, status = "upstream_timeout", 504
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the app behind the gate did not answer within {seconds:g} s; see OODGATE_GATE_TIMEOUT_S")
+
+
+class DriftStateMismatch(OodgateError):
+    """A stored drift state does not belong to this model, policy, calibration or release; `reason` names which."""
+
+    code = "drift_state_mismatch"
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"the stored drift state cannot be used: {detail}. The tests start anew.")
+        self.reason = reason

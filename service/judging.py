@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from service.errors import (
 from service.security import Caller
 
 T = TypeVar("T")
+_SOURCE = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 Picture = bytes | Pixels  # an encoded file, or uint8 [H, W, 3] of any size
 
 _REJECTION: dict[type[OodgateError], str] = {
@@ -55,14 +57,18 @@ _REJECTION: dict[type[OodgateError], str] = {
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """Who asks for verdicts, in which request."""
+    """Who asks for verdicts, in which request, and where the images come from: a camera, a tenant."""
 
     request_id: str
     caller: Caller
+    source: str
 
     @classmethod
     def of(cls, request: Request) -> Asker:
-        return cls(request.scope["request_id"], request.scope["caller"])
+        """From the request; its header X-OODGate-Source, where it is a plain word, names the source."""
+        caller: Caller = request.scope["caller"]
+        source = request.headers.get("x-oodgate-source", "")
+        return cls(request.scope["request_id"], caller, source if _SOURCE.fullmatch(source) else caller.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,11 @@ async def read_in_time(context: Context, read: Callable[[], Awaitable[T]]) -> T:
         SlowRequest: the body did not arrive in time.
     """
     context.engine.check_room(1)
+    return await in_time(context, read)
+
+
+async def in_time(context: Context, read: Callable[[], Awaitable[T]]) -> T:
+    """Read a request's body. Raises SlowRequest where it did not arrive in time."""
     started, seconds = time.monotonic(), context.settings.request_timeout_s
     try:
         async with asyncio.timeout(seconds):
@@ -160,6 +171,7 @@ async def _result(
     except OodgateError as error:
         return error
     context.audit.write(_audited(asker, model, judged))
+    context.watch.saw(model, judged.answer.verdict, asker.source)
     return judged
 
 
@@ -187,9 +199,11 @@ def _audited(asker: Asker, model: ServedModel, judged: Judged) -> dict[str, Any]
         "event": "decision",
         "request_id": asker.request_id,
         "caller": asker.caller.name,
+        "source": asker.source,
         "model": manifest.name,
         "version": manifest.version,
         "digest": manifest.model_digest,
+        "precision": model.detector.backbone.precision,
         "sha256": judged.sha256,
         "decision": verdict.decision,
         "reason": verdict.reason,

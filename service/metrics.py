@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
@@ -12,17 +13,21 @@ from prometheus_client.gc_collector import GCCollector
 
 from detector import __version__
 from detector.artifact import Manifest
-from detector.policy import Decider, Reason, Verdict
+from detector.policy import Decider, Decision, Reason, Verdict
+from service.drift import DriftStatus
 
-STAGES = ("read", "decode", "queue", "forward", "score", "respond")
+STAGES = ("read", "decode", "queue", "forward", "score", "respond", "upstream")
+DECISIONS: tuple[Decision, ...] = ("accept", "defer")
 REASONS: tuple[Reason, ...] = ("none", "ood", "low_confidence")
 REJECTIONS = ("queue_full", "deadline", "too_large", "pixels", "bad_image", "media_type", "not_ready")
+GATE_OUTCOMES = ("forwarded", "deferred", "unscored", "refused", "upstream_error")
 HANDLERS = (
     "/v1/verdict",
     "/v1/models/{name}/verdict",
     "/v1/models/{name}/versions/{version}/verdict",
     "/v2/models/{name}/infer",
     "/v2/models/{name}/versions/{version}/infer",
+    "/gate/{path:path}",
 )
 P_VALUE_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30)
@@ -65,6 +70,33 @@ class Metrics:
         self.borderline = counter(
             "borderline", "Images whose score lies within rounding of the threshold; either decision is right.", SCORED
         )
+        self.class_decisions = counter(
+            "class_decisions",
+            "Images judged, by predicted class; rare classes share `other` where there are very many.",
+            (*MODEL, "label", "decision"),
+        )
+        self.source_decisions = counter(
+            "source_decisions",
+            "Images judged, by source: the header X-OODGate-Source, else the token's name; rare sources are `other`.",
+            (*MODEL, "source", "decision"),
+        )
+        self.drift_cusum = gauge("drift_cusum", "CUSUM of the deferrals, in accepted images.", MODEL)
+        self.drift_cusum_limit = gauge("drift_cusum_limit", "The CUSUM alarms from here on.", MODEL)
+        self.drift_alarm = gauge("drift_alarm", "1 while a drift test stands in alarm.", (*MODEL, "test"))
+        self.drift_evidence = gauge(
+            "drift_evidence_log10", "log10 of the evidence of an anytime-valid drift test.", (*MODEL, "test")
+        )
+        self.control_limit = gauge(
+            "control_limit_ratio", "Limits of the deferral ratio of a window of images.", (*MODEL, "window", "bound")
+        )
+        self.window_deferral = gauge(
+            "window_deferral_ratio", "Share deferred as OOD in the last full window.", (*MODEL, "window")
+        )
+        self.ood_share_lower = gauge(
+            "window_ood_share_lower_ratio",
+            "Lower 95 % bound of the share of OOD images in the last full window.",
+            (*MODEL, "window"),
+        )
         self.threshold = gauge(
             "threshold", "Score above which an image is deferred; the largest of all groups.", SCORED
         )
@@ -90,7 +122,7 @@ class Metrics:
         )
         self.stage_seconds = histogram(
             "stage_duration_seconds",
-            "Time in read and respond (a request), decode and queue (an image), forward and score (a batch).",
+            "Time in read, upstream and respond (a request), decode and queue (an image), forward and score (a batch).",
             ("stage",),
             LATENCY_BUCKETS,
         )
@@ -99,6 +131,9 @@ class Metrics:
         self.queue_capacity = gauge("queue_capacity", "Images admitted at most.")
         self.in_progress = gauge("requests_in_progress", "Requests being answered.")
         self.rejected = counter("requests_rejected", "Requests or images not judged.", ("reason",))
+        self.gate_requests = counter(
+            "gate_requests", "Requests that came to the gate, by how they ended.", ("outcome",)
+        )
         self.heartbeat = gauge("engine_heartbeat_timestamp_seconds", "When the inference thread last showed life.")
         self.audit_lost = counter("audit_lines_lost", "Audit lines that could not be written.")
         self.loop_lag = histogram(
@@ -117,6 +152,8 @@ class Metrics:
             self.stage_seconds.labels(stage)
         for reason in REJECTIONS:
             self.rejected.labels(reason)
+        for outcome in GATE_OUTCOMES:
+            self.gate_requests.labels(outcome)
         for result in ("success", "failure"):
             self.model_loads.labels(result)
         for handler in HANDLERS:
@@ -160,9 +197,49 @@ class Metrics:
             disagreements={name: self.shadow_disagreements.labels(*model, name) for name in decider.shadows},
         )
 
+    def show_drift(self, manifest: Manifest, groups: Sequence[DriftStatus]) -> None:
+        """Show where a model's drift tests stand; with several calibration groups, the worst of each test."""
+        model = (manifest.name, manifest.version)
+        worst = max((group.cusum for group in groups), key=lambda cusum: cusum.value / cusum.limit)
+        shown: list[tuple[Gauge, tuple[str, ...], float]] = [
+            (self.drift_cusum, model, worst.value),
+            (self.drift_cusum_limit, model, worst.limit),
+        ]
+        for test in groups[0].alarms:
+            shown.append((self.drift_alarm, (*model, test), any(group.alarms[test] for group in groups)))
+        for name in ("exchangeability", "deferral_rate"):
+            evidence = max(getattr(group, name).evidence_log10 for group in groups)
+            shown.append((self.drift_evidence, (*model, name), evidence))
+        for window in groups[0].windows if len(groups) == 1 else ():
+            size = (*model, str(window.size))
+            shown += [(self.control_limit, (*size, bound), getattr(window, bound)) for bound in ("lower", "upper")]
+            # Before the first window is full nothing is deferred that one could know of.
+            shown += [(self.window_deferral, size, window.ratio or 0.0)]
+            shown += [(self.ood_share_lower, size, window.ood_share_lower or 0.0)]
+        for gauge, labels, value in shown:
+            gauge.labels(*labels).set(value)
+        self._shown.setdefault(manifest.name, []).extend((gauge, labels) for gauge, labels, _ in shown)
+
+    def count_class(self, manifest: Manifest, label: str, displaced: str | None, decision: Decision) -> None:
+        """Count a decision by predicted class."""
+        self._count_top(self.class_decisions, manifest, label, displaced, decision)
+
+    def count_source(self, manifest: Manifest, label: str, displaced: str | None, decision: Decision) -> None:
+        """Count a decision by source."""
+        self._count_top(self.source_decisions, manifest, label, displaced, decision)
+
+    def _count_top(
+        self, counter: Counter, manifest: Manifest, label: str, displaced: str | None, decision: Decision
+    ) -> None:
+        if displaced is not None:
+            for other in DECISIONS:
+                with suppress(KeyError):
+                    counter.remove(manifest.name, manifest.version, displaced, other)
+        counter.labels(manifest.name, manifest.version, label, decision).inc()
+
     def retire(self, name: str) -> None:
         """Take back the gauges of a model that is served no more; its counters stay, as counters must."""
-        for gauge, labels in self._shown.pop(name, []):
+        for gauge, labels in set(self._shown.pop(name, [])):
             gauge.remove(*labels)
 
     def count_verdicts(self, manifest: Manifest, decider: Decider, verdicts: Sequence[Verdict]) -> None:

@@ -26,6 +26,7 @@ from service.errors import ModelNotFound
 from service.metrics import Metrics
 from service.policies import Policies
 from service.settings import Settings
+from service.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +48,11 @@ class Registry:
     Args:
         settings: where the models lie, and how to run them.
         metrics: told of every load.
+        watch: told which model and policy decides from now on.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self._settings, self._metrics = settings, metrics
+    def __init__(self, settings: Settings, metrics: Metrics, watch: Watch) -> None:
+        self._settings, self._metrics, self._watch = settings, metrics, watch
         self._policies = Policies(settings.state_dir)
         self._models: dict[str, ServedModel] = {}
         self._failures: dict[str, LoadFailure] = {}
@@ -138,7 +140,8 @@ class Registry:
         """Serve a model no more. Raises ModelNotFound where it is not loaded."""
         async with self._one_change:
             model = self.get(name)
-            self._metrics.retire(model.detector.manifest.name)
+            self._watch.end(name)
+            self._metrics.retire(name)
             self._models = {other: served for other, served in self._models.items() if other != name}
             self._failures.pop(name, None)
             settling = self._settling.pop(name)
@@ -262,6 +265,7 @@ class Registry:
         manifest, backbone = model.detector.manifest, model.detector.backbone
         self._metrics.retire(manifest.name)
         self._metrics.announce(manifest, model.decider, str(backbone.device), backbone.precision)
+        self._watch.begin(model)
         self._models = self._models | {manifest.name: model}
 
 

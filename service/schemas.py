@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from pydantic import BaseModel, Field
 
+from detector.errors import OodgateError
+from detector.explain import Explanation, heat_png, png
+from detector.images import Pixels
 from detector.policy import Decision, Policy, Reason
 from service.engine import ServedModel
 from service.judging import Judged
+from service.problems import problem
 from service.registry import Registry
 
 
@@ -62,6 +67,29 @@ class VerdictBody(BaseModel):
     prediction: PredictionBody
     ood: OodBody | None = Field(default=None, description="Absent where the server exposes decisions alone.")
     timing_ms: TimingBody
+
+
+class ClassDistanceBody(BaseModel):
+    index: int
+    label: str
+    distance: float = Field(description="Euclidean, between penultimate features and the mean of the class.")
+
+
+class OodPrototypeBody(BaseModel):
+    distance: float
+    pi: float = Field(description="Share of the OOD prototype in the softmax over all prototypes.")
+
+
+class ExplanationBody(BaseModel):
+    nearest: list[ClassDistanceBody] = Field(description="Nearest first; empty where grood is not fitted.")
+    ood_prototype: OodPrototypeBody | None
+    score_without: float = Field(description="The lowest deciding score with one window of the image hidden.")
+    input_png: str = Field(description="What the network saw, base64.")
+    heat_png: str = Field(description="Which part raises the deciding score, base64, to lay over input_png.")
+
+
+class ExplainedBody(VerdictBody):
+    explanation: ExplanationBody
 
 
 class Problem(BaseModel):
@@ -152,6 +180,27 @@ def verdict_body(judged: Judged, model: ServedModel, request_id: str, *, evidenc
     if not evidence:
         del body["ood"]
     return body
+
+
+def item_body(
+    index: int, result: Judged | OodgateError, model: ServedModel, request_id: str, *, evidence: bool
+) -> dict[str, Any]:
+    """One result of several as JSON: a verdict, or the problem of the image at this place."""
+    if isinstance(result, OodgateError):
+        return {"problem": problem(result, index=index)}
+    return verdict_body(result, model, request_id, evidence=evidence)
+
+
+def explanation_body(explanation: Explanation, image: Pixels) -> dict[str, Any]:
+    """An explanation of the network's input as JSON; ExplanationBody says what it holds."""
+    ood = explanation.ood_prototype
+    return {
+        "nearest": [asdict(distance) for distance in explanation.nearest],
+        "ood_prototype": None if ood is None else asdict(ood),
+        "score_without": explanation.score_without,
+        "input_png": b64encode(png(image)).decode(),
+        "heat_png": b64encode(heat_png(explanation.heat)).decode(),
+    }
 
 
 def model_card(registry: Registry, name: str) -> ModelCard:

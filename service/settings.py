@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from detector.images import DEFAULT_MAX_BYTES, DEFAULT_MAX_PIXELS, Limits
@@ -47,12 +48,35 @@ class Settings(BaseSettings):
         default=64 * 2**20, ge=2**10, description="Size of an audit file before it is set aside."
     )
     audit_keep: int = Field(default=15, ge=1, description="Audit files kept beside the one being written.")
+    thin_s: float = Field(
+        default=0.0, ge=0, description="Drift tests see one image a source in so many seconds; 0: every image."
+    )
+    source_labels: int = Field(default=20, ge=1, le=1000, description="Sources with a series of their own.")
     expose: Literal["all", "decision"] = Field(
         default="all", description="decision: scores and p-values are for the admin alone."
+    )
+    gate_upstream: str = Field(
+        default="", description="URL of the app behind /gate/, with its base path; empty: there is none."
+    )
+    gate_upstream_authorization: SecretStr = Field(
+        default=SecretStr(""), description="Authorization header for that app; empty: none is sent."
+    )
+    gate_timeout_s: float = Field(
+        default=30.0, gt=0, description="Seconds for that app to connect, to begin its answer, and between its parts."
+    )
+    gate_fail_policy: Literal["closed", "open"] = Field(
+        default="closed", description="open: what could not be judged is forwarded, marked as unscored."
+    )
+    gate_defer_status: int = Field(
+        default=422, ge=200, le=599, description="Status of the gate's answer to what it defers."
+    )
+    gate_defer_body: dict[str, Any] | None = Field(
+        default=None, description="JSON object that answers what is deferred; none: the verdict."
     )
     poll_seconds: float = Field(
         default=0.0, ge=0, description="Seconds between looks for newer versions of the models; 0 never looks."
     )
+    grafana_url: str = Field(default="", description="Address of a Grafana that the console links to.")
     device: str = Field(default="auto", description="cpu, cuda, cuda:N or auto.")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="A calibrated precision, or auto.")
     compile: Literal["auto", "off"] = Field(
@@ -93,6 +117,30 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="Level of the JSON log."
     )
+
+    @field_validator("gate_upstream")
+    @classmethod
+    def _the_upstream_is_a_base_url(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            usable = (
+                parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and "@" not in parts.netloc
+            )
+        except ValueError:
+            usable = False
+        if url and (not usable or parts.query or parts.fragment):
+            raise ValueError(
+                f"{url!r} must be http:// or https://, a host and perhaps a path, without user, query or fragment; "
+                "credentials go into OODGATE_GATE_UPSTREAM_AUTHORIZATION"
+            )
+        return url
+
+    @field_validator("gate_defer_status")
+    @classmethod
+    def _a_deferral_has_a_body(cls, status: int) -> int:
+        if status in (204, 205, 304):
+            raise ValueError(f"a {status} has no body, and the gate answers with one; 422, 409 or 200 will do")
+        return status
 
     @model_validator(mode="after")
     def _a_full_request_fits_the_queue(self) -> Self:

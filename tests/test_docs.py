@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import decode
+from benchmarks.heat import table
 from benchmarks.readme import results
 from benchmarks.scaling import table as scaling
 from detector.errors import OodgateError
@@ -86,6 +87,11 @@ def test_the_scaling_page_shows_what_was_measured() -> None:
 def test_the_performance_page_shows_what_was_measured() -> None:
     measured = json.loads((ROOT / "benchmarks" / "results" / "decode.json").read_text())
     assert decode.table(measured) in (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_the_heat_maps_compared_are_those_that_were_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "heat.json").read_text())
+    assert table(measured["maps"]) in (ROOT / "docs" / "console.md").read_text()
 
 
 def test_the_results_page_speaks_of_the_model_that_is_here() -> None:

@@ -15,7 +15,7 @@ import pytest
 import uvloop
 
 from benchmarks.serving import environments, load, plots, servers, table, usage
-from benchmarks.serving.client import Client, burst, finished, open_loop
+from benchmarks.serving.client import Client, burst, count, finished, open_loop, percentiles
 from benchmarks.serving.goals import Goal, Measured, goals
 from benchmarks.serving.prediction_only import PredictionOnly
 from benchmarks.serving.results import PEER_PACKAGES, efficiency
@@ -72,6 +72,7 @@ def test_a_ratio_to_the_best_peer_pairs_repeats_and_takes_the_best_of_each() -> 
     def ran(server: str, repeat: int, rate: float) -> dict[str, Any]:
         closed = {"32": {"images_per_s": rate, "images_per_cpu_s": rate, "p99_ms": 1.0, "p50_ms": 1.0}}
         found = run() | {"server": server, "repeat": repeat, "closed": {"1": closed["32"], **closed}}
+        found |= {"counted": {"images_per_s": rate, "images_per_cpu_s": rate, "failed": 0}}
         return found | {"open": {"90%": {"p99_ms": rate}}, "limit": {"images_per_cpu_s": 10.0}}
 
     rates = {("oodgate", 0): 6, ("oodgate", 1): 8, ("mosec", 0): 3, ("mosec", 1): 1, ("ray", 0): 1, ("ray", 1): 4}
@@ -148,6 +149,26 @@ def test_open_loop_latency_counts_from_the_intended_instant(tmp_path: Path) -> N
     assert found["max_ms"] >= 1e3 * (instants[-1] - instants[0])  # the first waited for the last to come
 
 
+def test_a_request_that_failed_took_for_ever() -> None:
+    found = percentiles([0.001] * 98 + [float("inf")] * 2)
+    assert (found["p90_ms"], found["p99_ms"]) == (1, float("inf"))
+
+
+def test_a_count_ends_when_all_are_answered(tmp_path: Path) -> None:
+    body = tmp_path / "body"
+    body.write_bytes(b"x")
+
+    async def measured() -> dict[str, float]:
+        async with answering(b"x") as url:
+            client = Client(url, "image/png", [body])
+            found = await count(client, connections=4, requests=10)
+            client.close()
+            return found
+
+    found = uvloop.run(measured())
+    assert (found["answered"], found["failed"]) == (10, 0)
+
+
 def test_a_burst_leaves_as_many_singles_after_it_as_before(tmp_path: Path) -> None:
     body = tmp_path / "body"
     body.write_bytes(b"x")
@@ -161,6 +182,12 @@ def test_a_burst_leaves_as_many_singles_after_it_as_before(tmp_path: Path) -> No
 
     found = uvloop.run(measured())
     assert [len(found["before_ms"]), len(found["after_ms"])] == [5, 5]
+
+
+def test_a_window_lasts_until_every_connection_has_been_answered_a_few_times() -> None:
+    assert load.long_enough(8, concurrency=32, images_per_s=1000) == 8
+    assert load.long_enough(8, concurrency=128, images_per_s=16) == 24
+    assert load.long_enough(8, concurrency=512, images_per_s=0) == load.LONGEST_S
 
 
 def test_a_server_is_started_measured_and_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,8 +95,9 @@ def _default_model() -> list[str]:
     report = json.loads((MODEL / "report.json").read_text())
     lines = (
         f"Model `{manifest.name}` version {manifest.version}, `{manifest.model_digest}`: ResNet-18 of width "
-        f"{manifest.network.width}, trained on {manifest.fit.n:,} CIFAR-10 images, run in {report['precision']} on the CPU, decided by "
-        f"`{manifest.policy.score_name}`. `deferred` is what the server defers.\n"
+        f"{manifest.network.width}, trained on {manifest.fit.n:,} CIFAR-10 images, run in "
+        f"{report['precision']} on the CPU, decided by `{manifest.policy.score_name}`. "
+        "`deferred` is what the server defers.\n"
     )
     shifts = "The first 2,000 test images under other imaging; they are never counted as OOD:\n"
     return ["## The default model\n", lines, table(report, manifest.policy.score_name), shifts, shifted_table(report)]

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the two example images: one computed from the default network, one drawn.
+"""Make the example images and the console's samples: some computed from the default network, some drawn.
 
 python -m benchmarks.cifar10.examples
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from benchmarks.cifar10.train import MEAN, STD
 from detector import Detector
 from detector.images import Pixels
 
-MODEL, OUT = Path("models/cifar10/1"), Path("examples")
-CAT = 3
+MODEL, OUT, SAMPLES = Path("models/cifar10/1"), Path("examples"), Path("service/console/samples")
+CAT, HORSE, SHIP = 3, 7, 8
 STEPS = 300
 
 
@@ -59,14 +60,43 @@ def static() -> Pixels:
     return np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
+def stripes() -> Pixels:
+    """Diagonal stripes in two colours: uint8 [32, 32, 3]."""
+    y, x = np.mgrid[:32, :32]
+    return np.where(((x + y) // 4 % 2)[..., None], [240, 200, 40], [30, 60, 140]).astype(np.uint8)
+
+
+def with_static(image: Pixels, side: int) -> Pixels:
+    """An image with static in one corner, `side` pixels wide: uint8 [32, 32, 3]."""
+    patched = image.copy()
+    patched[-side:, -side:] = static()[-side:, -side:]
+    return patched
+
+
 def main() -> None:
     detector = Detector.load(MODEL, device="cpu", precision="fp32")
-    OUT.mkdir(exist_ok=True)
-    for name, pixels in (("cat", dreamt(detector, CAT)), ("static", static())):
-        path = OUT / f"{name}.png"
-        Image.fromarray(pixels).save(path)
-        verdict = detector.verdicts([path.read_bytes()])[0]
-        sys.stdout.write(f"{path}: {verdict.decision}, {verdict.prediction.label}, p = {verdict.ood.p_value:.4f}\n")
+    cat = dreamt(detector, CAT)
+    for name, pixels in (("cat", cat), ("static", static())):
+        _write(detector, OUT / f"{name}.png", pixels)
+    samples = (
+        ("cat", "a typical cat", cat),
+        ("horse", "a typical horse", dreamt(detector, HORSE)),
+        ("ship", "a typical ship", dreamt(detector, SHIP)),
+        ("patched", "a cat, half covered by static", with_static(cat, 22)),
+        ("static", "static", static()),
+        ("stripes", "stripes", stripes()),
+    )
+    SAMPLES.mkdir(exist_ok=True)
+    for name, _, pixels in samples:
+        _write(detector, SAMPLES / f"{name}.png", pixels)
+    listed = [{"file": f"{name}.png", "text": text} for name, text, _ in samples]
+    (SAMPLES / "samples.json").write_text(json.dumps(listed, indent=1) + "\n")
+
+
+def _write(detector: Detector, path: Path, pixels: Pixels) -> None:
+    Image.fromarray(pixels).save(path)
+    verdict = detector.verdicts([path.read_bytes()])[0]
+    sys.stdout.write(f"{path}: {verdict.decision}, {verdict.prediction.label}, p = {verdict.ood.p_value:.4f}\n")
 
 
 if __name__ == "__main__":

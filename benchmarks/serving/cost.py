@@ -29,7 +29,7 @@ import uvicorn
 from benchmarks.serving import load, networks
 from benchmarks.serving.results import RESULTS
 from benchmarks.serving.run import SATURATED, WARM_S
-from benchmarks.serving.servers import COSTED, running
+from benchmarks.serving.servers import COSTED, running, stop_cleanly
 from benchmarks.serving.workloads import BUILD, ROOT, WORKLOADS, Workload
 from detector.cli import main as serve
 
@@ -117,6 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     workload = WORKLOADS[args.workload]
     networks.ensure(workload)
+    stop_cleanly()
     report = measure(workload, args.seconds)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"cost-{workload.letter}.txt").write_text(report)

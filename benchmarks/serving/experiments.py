@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 
 from benchmarks.serving import load, networks, results
-from benchmarks.serving.run import PRECISIONS, SATURATED, WARM_S
-from benchmarks.serving.servers import SERVERS, running
+from benchmarks.serving.run import LEAST_COUNTED, PRECISIONS, SATURATED, WARM_S
+from benchmarks.serving.servers import SERVERS, running, stop_cleanly
 from benchmarks.serving.usage import resident_mb
 from benchmarks.serving.workloads import WORKLOADS, Workload
 
@@ -56,21 +56,21 @@ def neighbour(workload: Workload, server: str, precision: str, seconds: float) -
 def growth(workload: Workload, server: str, precision: str, seconds: float) -> dict[str, Any]:
     """Throughput, memory and latency from 32 to 512 concurrent requests on one server."""
     with running(SERVERS[server], workload, precision) as live:
-        load.closed(live, SATURATED, WARM_S)
+        rate = load.closed(live, SATURATED, WARM_S)["images_per_s"]
         levels = {}
         for level in GROWTH:
-            found = load.closed(live, level, seconds)
+            found = load.closed(live, level, load.long_enough(seconds, level, rate))
             levels[str(level)] = found | {"resident_mb": resident_mb(live.process)}
     return {"levels": levels}
 
 
 def verdict(workload: Workload, server: str, precision: str, seconds: float) -> dict[str, Any]:
     """Throughput and images per CPU-second with the verdict and without it, one right after the other."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, each in (("verdict", "oodgate"), ("prediction_only", "oodgate-prediction-only")):
         with running(SERVERS[each], workload, precision) as live:
-            load.closed(live, SATURATED, WARM_S)
-            found[name] = load.closed(live, SATURATED, seconds)
+            rate = load.closed(live, SATURATED, WARM_S)["images_per_s"]
+            found[name] = load.counted(live, SATURATED, max(LEAST_COUNTED, round(rate * seconds)))
     return found | {
         "ratio": found["verdict"]["images_per_s"] / found["prediction_only"]["images_per_s"],
         "ratio_per_cpu_s": found["verdict"]["images_per_cpu_s"] / found["prediction_only"]["images_per_cpu_s"],
@@ -112,6 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     workload = WORKLOADS[args.workload]
     networks.ensure(workload)
+    stop_cleanly()
     for kind in args.kind:
         for server in args.server:
             found = [KINDS[kind](workload, server, args.precision, args.seconds) for _ in range(args.repeats)]

@@ -16,6 +16,7 @@ from benchmarks.serving.usage import cpu_seconds, settle
 from benchmarks.serving.workloads import ROOT
 
 SCRIPT = Path(__file__).with_name("post.lua")
+ROUNDS, LONGEST_S = 3, 60.0
 TIMEOUT_S = 120  # of one request; a queue of 512 slow images drains well within it
 
 
@@ -47,6 +48,30 @@ def closed(running: Running, concurrency: int, seconds: float) -> dict[str, floa
         **{name: result[name] for name in ("p50_ms", "p90_ms", "p99_ms", "max_ms")},
         "failed": result["refused"] + result["broken"],
         "cores": used / wall,
+    }
+
+
+def long_enough(seconds: float, concurrency: int, images_per_s: float) -> float:
+    """Seconds in which each connection is answered a few times; else the slowest answers would not be seen."""
+    return min(LONGEST_S, max(seconds, ROUNDS * concurrency / max(images_per_s, 1)))
+
+
+def counted(running: Running, concurrency: int, requests: int) -> dict[str, float]:
+    """So many requests with so many under way; all that the server did for them is done when the clocks are read.
+
+    wrk ends with a batch half computed, whose CPU time would count and whose images would not.
+
+    Returns:
+        images_per_s, images_per_cpu_s, failed.
+    """
+    settle(running.process)
+    before = cpu_seconds(running.process)
+    found = _client(running, "count", "--connections", str(concurrency), "--requests", str(requests))
+    used = cpu_seconds(running.process) - before
+    return {
+        "images_per_s": found["answered"] / found["seconds"],
+        "images_per_cpu_s": found["answered"] / used,
+        "failed": found["failed"],
     }
 
 

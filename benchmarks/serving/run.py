@@ -19,12 +19,12 @@ from typing import Any
 
 from benchmarks.serving import load, networks, results
 from benchmarks.serving.limit import Measure, limit
-from benchmarks.serving.servers import PEERS, SERVERS, Running, running
+from benchmarks.serving.servers import PEERS, SERVERS, Running, running, stop_cleanly
 from benchmarks.serving.usage import cpu_seconds, resident_mb
 from benchmarks.serving.workloads import WORKLOADS, Workload
 
 LEVELS, SATURATED, LOADS = (1, 8, 32, 128), 32, (0.5, 0.9)
-WARM_S = 2.0
+WARM_S, LEAST_COUNTED = 2.0, 4 * SATURATED
 PRECISIONS = ("fp32", "bf16", "auto")  # auto is oodgate as it sets itself up; a peer has no such thing
 FAILURES = (RuntimeError, OSError, http.client.HTTPException, subprocess.SubprocessError)
 SAME_LABELS = {"fp32": 1.0, "bf16": 0.9}  # rounding may move an image that lies between two classes
@@ -47,9 +47,12 @@ def measure(
     with running(SERVERS[server], workload, precision) as live:
         forward = live.forward
         agreement = _agreement(live, expected)
-        load.closed(live, SATURATED, WARM_S)
+        rate = load.closed(live, SATURATED, WARM_S)["images_per_s"]
         before = bare(forward["precision"], forward["mode"], plan.seconds / 2)
-        closed = {str(level): load.closed(live, level, plan.seconds) for level in plan.levels}
+        closed = {
+            str(level): load.closed(live, level, load.long_enough(plan.seconds, level, rate)) for level in plan.levels
+        }
+        counted = load.counted(live, SATURATED, max(LEAST_COUNTED, round(rate * plan.seconds)))
         after = bare(forward["precision"], forward["mode"], plan.seconds / 2)
         capacity = closed[str(SATURATED)]["images_per_s"] if str(SATURATED) in closed else 0.0
         opened = {
@@ -68,6 +71,7 @@ def measure(
             "cpu_s": cpu_seconds(live.process),
             "agreement": agreement,
             "limit": {name: (before[name] + after[name]) / 2 for name in before},
+            "counted": counted,
             "closed": closed,
             "open": opened,
         }
@@ -100,6 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     workload = WORKLOADS[args.workload]
     networks.ensure(workload)
+    stop_cleanly()
     plan = Plan(args.seconds, args.concurrency, args.open_loop)
     pairs = [
         (server, precision)
@@ -116,9 +121,7 @@ def main() -> None:
                 try:
                     runs.append(measure(workload, server, precision, plan, repeat, bare, expected))
                 except FAILURES as error:  # of one server: the others are still measured
-                    failures.append(
-                        {"server": server, "asked": precision, "repeat": repeat, "error": str(error)[-500:]}
-                    )
+                    failures.append({"server": server, "asked": precision, "repeat": repeat, "error": str(error)})
                     print(f"{server} {precision} FAILED: {error}", flush=True)
                 else:
                     print(results.line(runs[-1]), flush=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -126,7 +127,7 @@ class Running:
         for body in self.bodies:
             status, answer = self._ask_again(body)
             if status != 200:
-                raise RuntimeError(f"{self.server.name} answered {status} to {body.name}: {answer[:200]!r}")
+                raise RuntimeError(f"{self.server.name} answered {status} to {body.name}")
             content = json.loads(answer)
             content = content[0] if isinstance(content, list) else content
             found.append(int(content.get("prediction", content)["index"]))
@@ -156,6 +157,11 @@ def ask(
         return answer.status, answer.read()
     finally:
         connection.close()
+
+
+def stop_cleanly() -> None:
+    """Let a benchmark that is terminated stop the server that it runs."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 @contextmanager
@@ -208,6 +214,8 @@ def _environment(server: Server, workload: Workload, precision: str, port: int) 
             "BENCH_PORT": str(port),
             "BENTOML_DO_NOT_TRACK": "true",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",  # five seconds are not enough on a few cores
+            "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
         }
         if server.peer
         else SETTINGS[precision] | {"OODGATE_TORCH_THREADS": str(THREADS)}
@@ -250,7 +258,7 @@ def _wait(
     pause, given_up = threading.Event(), time.monotonic() + patience_s
     while not condition():
         if process.poll() is not None or time.monotonic() > given_up:
-            raise RuntimeError(f"the server did not become ready; it said: {log.read_text()[-2000:]}")
+            raise RuntimeError(f"the server did not become ready; {log.relative_to(ROOT)} holds what it said")
         pause.wait(POLL_S)
 
 

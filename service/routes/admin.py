@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Depends, Request
 from pydantic import BaseModel, ConfigDict
 
 from detector.policy import Policy
 from service.context import Context, Ctx
+from service.drift import TestName
 from service.oip_schemas import IndexEntry
 from service.schemas import ModelCard, Problem, model_card
 
@@ -53,6 +54,33 @@ async def put_policy(name: str, policy: Policy, request: Request, context: Ctx, 
     await context.registry.set_policy(name, policy, admin)
     _audit(context, request, "policy", model=name, policy=policy.model_dump())
     return model_card(context.registry, name)
+
+
+class ResetRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    test: TestName | Literal["all"] = "all"
+
+
+@router.get("/v1/models/{name}/drift", operation_id="get_drift", summary="Where a model's drift tests stand",
+            responses={404: {"model": Problem}})  # fmt: skip
+async def get_drift(name: str, context: Ctx) -> dict[str, Any]:
+    """Statistics, limits and alarms of every test, by calibration group."""
+    context.registry.get(name)
+    return context.watch.status(name)
+
+
+@router.post("/v1/models/{name}/drift/reset", operation_id="reset_drift",
+             summary="Start drift tests anew: for the admin", responses=_REFUSED)  # fmt: skip
+async def reset_drift(
+    name: str, request: Request, context: Ctx, admin: Admin, body: Annotated[ResetRequest | None, Body()] = None
+) -> dict[str, Any]:
+    """One test, or all of them; an alarm that stood is gone."""
+    context.registry.get(name)
+    test = body.test if body else "all"
+    context.watch.reset(name, test)
+    _audit(context, request, "drift_reset", model=name, test=test)
+    return context.watch.status(name)
 
 
 @router.post("/v2/repository/index", operation_id="oip_repository_index", summary="Models on disk and their states")

@@ -11,14 +11,12 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 
 from detector.errors import OodgateError
 from service import problems
 from service.context import Context, Ctx
 from service.engine import ServedModel
-from service.errors import EmptyRequest, MalformedForm, ServiceError, TooManyImages, UnsupportedMediaType
+from service.errors import ServiceError
 from service.judging import (
     Asker,
     Judged,
@@ -28,21 +26,13 @@ from service.judging import (
     read_in_time,
     shows_evidence,
 )
-from service.schemas import Problem, VerdictBody, VerdictList, verdict_body
+from service.reading import IMAGES_BODY, read_images
+from service.schemas import Problem, VerdictBody, VerdictList, item_body, verdict_body
 
 router = APIRouter(tags=["verdict"], default_response_class=Response)
 
-IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
-FORM_TYPE = "multipart/form-data"
-_BYTES = {"type": "string", "format": "binary"}
-_FORM = {"type": "object", "properties": {"file": {"type": "array", "items": _BYTES}}, "required": ["file"]}
-_DOCUMENTED: dict[str, Any] = {
-    "openapi_extra": {
-        "requestBody": {
-            "required": True,
-            "content": {kind: {"schema": _BYTES} for kind in IMAGE_TYPES} | {FORM_TYPE: {"schema": _FORM}},
-        }
-    },
+DOCUMENTED: dict[str, Any] = {
+    "openapi_extra": {"requestBody": IMAGES_BODY},
     "responses": {
         200: {"model": VerdictBody | VerdictList, "description": "One verdict, or `verdicts` for several files."},
         **{status: {"model": Problem} for status in (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)},
@@ -50,14 +40,14 @@ _DOCUMENTED: dict[str, Any] = {
 }
 
 
-@router.post("/v1/verdict", operation_id="verdict", summary="Judge images by the default model", **_DOCUMENTED)
+@router.post("/v1/verdict", operation_id="verdict", summary="Judge images by the default model", **DOCUMENTED)
 async def verdict(request: Request, context: Ctx) -> Response:
     """One image as the raw body, or one or more `file` parts of a form. A deferred image is a 200 too."""
     return await _respond(request, context, None, None)
 
 
 @router.post(
-    "/v1/models/{name}/verdict", operation_id="model_verdict", summary="Judge images by a named model", **_DOCUMENTED
+    "/v1/models/{name}/verdict", operation_id="model_verdict", summary="Judge images by a named model", **DOCUMENTED
 )
 async def model_verdict(name: str, request: Request, context: Ctx) -> Response:
     """As /v1/verdict."""
@@ -68,7 +58,7 @@ async def model_verdict(name: str, request: Request, context: Ctx) -> Response:
     "/v1/models/{name}/versions/{version}/verdict",
     operation_id="version_verdict",
     summary="Judge images by one version of a model",
-    **_DOCUMENTED,
+    **DOCUMENTED,
 )
 async def version_verdict(name: str, version: str, request: Request, context: Ctx) -> Response:
     """As /v1/verdict; 404 where that version is not loaded."""
@@ -79,53 +69,13 @@ async def _respond(request: Request, context: Context, name: str | None, version
     with counting_rejections(context):
         model = context.registry.get(name, version)
         started = time.monotonic()
-        files, several = await read_in_time(context, partial(_read, request, context))
+        files, several = await read_in_time(context, partial(read_images, request, context.settings))
         deadline = time.monotonic() + context.settings.request_timeout_s
         results = await judge_all(context, Asker.of(request), model, files, started, deadline)
     responding = time.monotonic()
     answer = _body(request, context, model, results) if several else _single(request, context, model, results[0])
     context.metrics.stage["respond"].observe(time.monotonic() - responding)
     return answer
-
-
-async def _read(request: Request, context: Context) -> tuple[list[bytes], bool]:
-    """The encoded images of a request, and whether they are answered as a list."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == FORM_TYPE:
-        files = await _read_form(request, context.settings.max_images, context.settings.max_body_bytes)
-        return files, len(files) > 1
-    if kind not in IMAGE_TYPES:
-        wanted = ", ".join((*IMAGE_TYPES, FORM_TYPE))
-        raise UnsupportedMediaType(f"content type {kind or 'missing'!r} is not supported; send one of {wanted}")
-    body = await request.body()
-    if not body:
-        raise EmptyRequest("the body is empty; send one image")
-    return [body], False
-
-
-async def _read_form(request: Request, max_images: int, max_bytes: int) -> list[bytes]:
-    # One file more than allowed may pass the parser, so that the answer can be ours.
-    parser = MultiPartParser(request.headers, request.stream(), max_files=max_images + 1, max_fields=100)
-    parser.spool_max_size = max_bytes  # stay in memory: the body limit bounds it, and the disk may be read-only
-    try:
-        form = await parser.parse()
-    except MultiPartException as error:
-        if error.message.startswith("Too many files"):
-            raise TooManyImages(max_images) from error
-        raise MalformedForm(f"the form cannot be parsed: {error.message}") from error
-    except KeyError as error:
-        raise MalformedForm("the form has no boundary in its content type") from error
-    try:
-        files = [
-            await part.read() for name, part in form.multi_items() if isinstance(part, UploadFile) and name == "file"
-        ]
-    finally:
-        await form.close()
-    if not files:
-        raise EmptyRequest("the form has no file part named `file`; send one or more")
-    if len(files) > max_images:
-        raise TooManyImages(max_images)
-    return files
 
 
 def _single(request: Request, context: Context, model: ServedModel, result: Judged | OodgateError) -> Response:
@@ -146,9 +96,7 @@ def _body(request: Request, context: Context, model: ServedModel, results: Seque
         count_rejection(context, failure)
     evidence = shows_evidence(context, Asker.of(request))
     bodies = [
-        {"problem": problems.problem(result, index=index)}
-        if isinstance(result, OodgateError)
-        else verdict_body(result, model, request.scope["request_id"], evidence=evidence)
+        item_body(index, result, model, request.scope["request_id"], evidence=evidence)
         for index, result in enumerate(results)
     ]
     # The strictest decision of all: a caller that reads the header alone forwards only what is wholly accepted.

@@ -18,11 +18,19 @@ from detector.backbone import Outputs
 from detector.calibration import acceptance_interval, clopper_pearson
 from detector.data import ArrayDataset
 from detector.errors import DataError, SplitOverlap
-from detector.evaluation import auroc, id_flag_rate_at_ood95, ood_miss_rate_at_id95, scores_table, summary, table
+from detector.evaluation import (
+    P_VALUE_EDGES,
+    auroc,
+    id_flag_rate_at_ood95,
+    ood_miss_rate_at_id95,
+    scores_table,
+    summary,
+    table,
+)
 from detector.features import collect
 from detector.images import Pixels
 from detector.measuring import measure
-from detector.metrics import augrc, aurc, bootstrap_auroc, measures
+from detector.metrics import augrc, aurc, bootstrap_auroc, histogram, measures
 from detector.networks import CIFAR_PREPROCESSING
 from detector.policy import CalibrationScores
 from detector.scores import FitOptions, Score
@@ -100,7 +108,7 @@ def result(toy_models: Path) -> dict[str, Any]:
 
 def test_the_report_is_json_of_the_documented_shape(result: dict[str, Any], toy: Path) -> None:
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert set(result) == {"id", "decisions", "scores", "shifted", "seconds_per_image"}
+    assert set(result) == {"precision", "id", "decisions", "scores", "shifted", "seconds_per_image"}
     assert result["decisions"]["c"]["group"] == "other"
     detector = Detector.load(toy, device="cpu")
     assert set(result["scores"]) == set(detector.scores_without_backward)
@@ -129,19 +137,19 @@ def test_the_report_repeats_what_the_functions_say(result: dict[str, Any], toy: 
     verdicts = detector.judge(known.outputs)
     assert result["id"]["acceptance"] == np.mean([verdict.decision == "accept" for verdict in verdicts])
     p_values = detector.decider.decide(strange.outputs.logits, detector.scores(strange.outputs))
-    counts, _ = np.histogram([verdict.ood.p_value for verdict in p_values], 20, (0, 1))
+    counts = histogram(np.array([verdict.ood.p_value for verdict in p_values]), P_VALUE_EDGES)
     name = detector.manifest.policy.score_name
     assert result["scores"][name]["p_values"]["ood"]["a"] == counts.tolist()
 
 
 def test_histograms_count_every_image_and_stay_small(result: dict[str, Any]) -> None:
     for score in result["scores"].values():
-        for kind in ("histogram", "p_values"):
+        for kind, bins in (("histogram", 20), ("p_values", 38)):
             counts = score[kind]
-            assert len(counts["edges"]) == 21
+            assert len(counts["edges"]) == bins + 1
             assert sum(counts["id"]) == result["id"]["n"]
             assert {name: sum(row) for name, row in counts["ood"].items()} == {"a": 40, "b": 30, "c": 20}
-        assert len(json.dumps([score["histogram"], score["p_values"]])) < 2_500
+        assert len(json.dumps([score["histogram"], score["p_values"]])) < 3_000
 
 
 def test_shifted_images_stand_beside_the_report_and_are_no_ood(result: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ def scored(values: list[float], labels: int = 0, group: str = "other") -> Scored
 
 
 def measured(known: Scored, **ood: Scored) -> Measured:
-    return Measured("msp", known, ood, {}, {})
+    return Measured("msp", "fp32", known, ood, {}, {})
 
 
 def test_figures_are_written_and_readable(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,11 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.server import Process, running
+from tests.e2e.server import Process, free_port, running
 from tests.helpers import EMBEDDED, ROOT, TOY_CLASSES, encoded, toy_images
 
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-FIRST, WAYS, PLAIN, FIT, INSIDE = PYTHON.findall((ROOT / "docs" / "gate.md").read_text())
+SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGE = (ROOT / "docs" / "gate.md").read_text()
+FIRST, WAYS, PLAIN, APP, FIT, INSIDE = PYTHON.findall(PAGE)
+SERVE, CURL = SHELL.findall(PAGE)
 NETWORK = "from tests.helpers import toy_network\n\nnetwork = toy_network().module\n"
 
 
@@ -49,6 +54,38 @@ def test_the_other_ways_to_ask_the_gate_do_what_they_say(server: Process, tmp_pa
 
 def test_the_async_client_lists_verdicts_and_errors(server: Process, tmp_path: Path) -> None:
     assert run(PLAIN, tmp_path, server).split() == ["True", "['cifar10']", "accept", "defer", "undecodable_image"]
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[str]:
+    """The app of the page, on a port of its own: its URL."""
+    port = free_port()
+    (tmp_path / "app.py").write_text(APP.replace("9000", str(port)))
+    process = subprocess.Popen([sys.executable, "app.py"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            try:
+                socket.create_connection(("localhost", port)).close()
+                break
+            except ConnectionRefusedError:
+                assert process.poll() is None
+        yield f"http://localhost:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_proxy_lets_the_cat_through_to_the_app_and_answers_for_static(app: str) -> None:
+    name, url = re.fullmatch(r"OODGATE_(\w+)=(\S+) oodgate serve\n", SERVE).groups()  # type: ignore[union-attr]
+    assert url == "http://localhost:9000"
+    with running(EMBEDDED.parents[1], **{name.lower(): app}) as server:
+        script = CURL.replace("localhost:8000", server.url)
+        done = subprocess.run(["bash", "-euc", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    size = (ROOT / "examples" / "cat.png").stat().st_size
+    assert re.fullmatch(rf"your model, {size} bytes, p = 0\.\d\d", first)
+    assert (json.loads(second)["decision"], json.loads(second)["reason"]) == ("defer", "ood")
 
 
 def test_ones_own_module_is_fitted_and_gated_inside_one_process(tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One thread for explanations, so that they never hold up verdicts, and a bound on how many wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from service.errors import DeadlinePassed, QueueFull
+
+T = TypeVar("T")
+MOST = 4  # explanations under way at once: what a few people at the console need
+
+
+class Explainer:
+    """Runs explanations one after another; made and called on the event loop."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="explain")
+        self._places = threading.Semaphore(MOST)
+
+    async def run(self, work: Callable[[], T], timeout_s: float) -> T:
+        """Do work on the thread.
+
+        Raises:
+            QueueFull: as many as allowed are under way.
+            DeadlinePassed: its turn came too late.
+        """
+        if not self._places.acquire(blocking=False):
+            raise QueueFull(MOST, 1)
+        deadline = time.monotonic() + timeout_s
+
+        def unless_late() -> T:
+            if time.monotonic() > deadline:
+                raise DeadlinePassed(timeout_s)
+            return work()
+
+        running = self._thread.submit(unless_late)
+        running.add_done_callback(lambda _: self._places.release())  # even where its caller has gone
+        return await asyncio.wrap_future(running)
+
+    def close(self) -> None:
+        """Finish what runs and drop what waits."""
+        self._thread.shutdown(cancel_futures=True)

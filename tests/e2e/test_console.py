@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console in a real Chromium, against the real server with the default model.
+
+OODGATE_SCREENSHOTS=1 writes what it looks like to docs/images/.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from base64 import b64decode, b64encode
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from selenium.webdriver.common.keys import Keys
+
+from benchmarks.cifar10.examples import with_static
+from tests.e2e.browser import Browser, browsing, needs_chromium
+from tests.e2e.server import Process, running
+from tests.helpers import EMBEDDED, ROOT, encoded, toy_images
+
+pytestmark = needs_chromium
+
+SAMPLES = ROOT / "service" / "console" / "samples"
+IMAGES = ROOT / "docs" / "images"
+CAT = ("cat.png", "image/png", b64encode((SAMPLES / "cat.png").read_bytes()).decode())
+STATIC = ("static.png", "image/png", b64encode((SAMPLES / "static.png").read_bytes()).decode())
+PATCHED = ("patched.png", "image/png", b64encode((SAMPLES / "patched.png").read_bytes()).decode())
+JUNK = ("junk.png", "image/png", b64encode(b"no image at all").decode())
+TOKEN, ADMIN = "a token", "the admin's token"
+
+
+def digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Process]:
+    with running(EMBEDDED.parents[1], max_body_bytes="1000000") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def window(server: Process) -> Iterator[Browser]:
+    with browsing(server.url) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(window: Browser) -> Browser:
+    """The window with nothing kept from the test before."""
+    window.open()
+    window.run("sessionStorage.clear()")
+    window.appearance("light")
+    window.open()
+    window.complaints()  # forget those of the test before
+    return window
+
+
+def verdict_of(browser: Browser) -> str:
+    """The verdict, once its heat map is there too."""
+    browser.until(lambda: browser.find(".stack img:nth-child(2)"))
+    return browser.text("#result .word")
+
+
+def screenshot(browser: Browser, name: str) -> None:
+    """Keep what the whole page looks like, in 256 colours."""
+    if os.environ.get("OODGATE_SCREENSHOTS"):
+        IMAGES.mkdir(exist_ok=True)
+        size = browser.run("return [innerWidth, document.documentElement.scrollHeight]")
+        clip = {"x": 0, "y": 0, "width": size[0], "height": min(size[1], 1500), "scale": 1}
+        shot = browser.command("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
+        drawn = Image.open(io.BytesIO(b64decode(shot["data"]))).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        drawn.save(IMAGES / f"{name}.png", optimize=True)
+
+
+def traffic(server: Process) -> None:
+    """A few familiar images, each a little different, and now and then static."""
+    generator = np.random.default_rng(0)
+    samples = [np.asarray(Image.open(SAMPLES / f"{name}.png")) for name in ("cat", "horse", "ship")]
+    for _ in range(3):
+        noisy = [samples[i % 3] + generator.normal(0, generator.uniform(0, 12), (32, 32, 3)) for i in range(40)]
+        images = [np.clip(image, 0, 255).astype(np.uint8) for image in noisy]
+        files = [("file", (str(i), encoded(image))) for i, image in enumerate(images)]
+        files.append(("file", ("static", (SAMPLES / "static.png").read_bytes())))
+        assert server.client.post("/v1/verdict", files=files).status_code == 200
+
+
+def test_a_dropped_image_gets_a_verdict_with_its_reasons(browser: Browser) -> None:
+    browser.hand_over("drop", [CAT])
+    assert verdict_of(browser) == "Accepted"
+    assert "cat" in browser.text("#result .verdict")
+    shown = browser.text("#result")
+    assert "calibration images look as unusual" in shown
+    assert "π of the OOD prototype" in shown
+    assert "curl --data-binary @cat.png -H 'Content-Type: image/png'" in shown
+    assert browser.until(lambda: browser.find("#result .chart canvas")).size["width"] > 100
+
+
+def test_a_pasted_image_gets_a_verdict(browser: Browser) -> None:
+    browser.hand_over("paste", [STATIC])
+    assert verdict_of(browser).startswith("Deferred")
+
+
+def test_a_chosen_file_gets_a_verdict(browser: Browser) -> None:
+    browser.find("#files").send_keys(str(SAMPLES / "static.png"))
+    assert verdict_of(browser).startswith("Deferred")
+
+
+def test_a_sample_gets_a_verdict_by_keyboard_alone(browser: Browser) -> None:
+    browser.until(lambda: browser.find("#samples button"))
+    browser.find("#samples li:nth-child(4) button").send_keys(Keys.ENTER)
+    assert verdict_of(browser)
+
+
+def test_several_images_give_a_table_that_sorts_and_names_the_bad_one(browser: Browser) -> None:
+    browser.hand_over("drop", [STATIC, CAT, JUNK])
+    verdict_of(browser)
+    assert len(browser.all("#several tbody tr")) == 3
+    assert "not a JPEG, PNG or WebP" in browser.text("#several")
+
+    def names() -> list[str]:
+        return [cell.text for cell in browser.all("#several tbody button")]
+
+    assert names() == ["junk.png", "static.png", "cat.png"]  # by p-value
+    browser.find("#several th:nth-child(6) button").send_keys(Keys.ENTER)
+    assert names() == ["cat.png", "static.png", "junk.png"]
+    assert browser.find("#several th[aria-sort=descending]").text.startswith("p-value")
+    browser.find("#several tbody tr:first-child button").send_keys(Keys.ENTER)
+    assert verdict_of(browser) == "Accepted"
+
+
+def test_a_reload_loses_nothing(browser: Browser) -> None:
+    browser.hand_over("drop", [CAT, STATIC])
+    verdict_of(browser)
+    before = browser.text("#result")
+    browser.open()
+    assert verdict_of(browser) in before
+    assert len(browser.all("#several tbody tr")) == 2
+
+
+def test_a_file_that_is_too_large_is_refused_in_plain_words(browser: Browser) -> None:
+    large = b64encode(bytes(1_000_001)).decode()
+    browser.hand_over("drop", [("large.png", "image/png", large)])
+    browser.until(lambda: "too much for this server" in browser.text("#problem"))
+
+
+def test_a_damaged_file_is_refused_in_plain_words(browser: Browser) -> None:
+    browser.hand_over("drop", [JUNK])
+    browser.until(lambda: "cannot be used" in browser.text("#problem"))
+
+
+def test_without_a_network_the_page_says_what_to_do(browser: Browser) -> None:
+    offline = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    browser.command("Network.enable")
+    browser.command("Network.emulateNetworkConditions", offline=True, **offline)
+    try:
+        browser.hand_over("drop", [CAT])
+        browser.until(lambda: "try again" in browser.text("#problem"))
+    finally:
+        browser.command("Network.emulateNetworkConditions", offline=False, **offline)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1200])
+def test_axe_finds_nothing_serious_and_nothing_overflows(
+    browser: Browser, server: Process, scheme: str, width: int
+) -> None:
+    traffic(server)
+    browser.appearance(scheme, width)
+    for tab in ("try", "monitor", "model"):
+        browser.open(tab)
+        if tab == "try":
+            browser.hand_over("drop", [PATCHED] if width > 600 else [STATIC, CAT])
+            verdict_of(browser)
+        else:
+            browser.until(partial(browser.find, f"#{tab} .chart canvas"))
+        assert browser.violations() == []
+        assert browser.run("return document.documentElement.scrollWidth") <= width
+        if (scheme, width) == ("light", 1200) or tab == "try":
+            screenshot(browser, f"console-{tab}-{scheme}-{width}")
+    ground = browser.run("return getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(16, 22, 21)") == (scheme == "dark")
+
+
+def test_the_tabs_follow_the_arrow_keys(browser: Browser) -> None:
+    browser.find("#tab-try").send_keys(Keys.ARROW_RIGHT)
+    assert browser.find("#tab-monitor").get_attribute("aria-selected") == "true"
+    assert browser.driver.switch_to.active_element.get_attribute("id") == "tab-monitor"
+    browser.driver.switch_to.active_element.send_keys(Keys.END)
+    assert browser.find("#model").is_displayed()
+
+
+def test_nothing_is_asked_of_others_and_the_console_has_no_errors(browser: Browser, server: Process) -> None:
+    for tab in ("try", "monitor", "model"):
+        browser.find(f"#tab-{tab}").click()
+        browser.until(browser.find(f"#{tab}").is_displayed)
+    browser.until(lambda: browser.find("#model .chart canvas"))
+    assert all(name.startswith((server.url, "data:", "blob:")) for name in browser.requested())
+    assert browser.complaints() == []
+
+
+def test_the_monitor_moves_under_load(browser: Browser, server: Process) -> None:
+    def judged() -> int:
+        browser.until(lambda: "images deferred" in browser.text("#monitor [role=status]"))
+        words = browser.text("#monitor [role=status]").split(" images deferred")[0].split()
+        return int(words[-1].replace(",", ""))
+
+    browser.find("#tab-monitor").click()
+    before = judged()
+    files = [("file", (str(i), encoded(image))) for i, image in enumerate(toy_images(32, seed=3)[0])]
+    assert server.client.post("/v1/verdict", files=files).status_code == 200
+    assert browser.until(lambda: judged() == before + 32)
+
+
+def test_the_threshold_explorer_shows_what_another_target_would_defer(browser: Browser) -> None:
+    browser.find("#tab-model").click()
+    slider = browser.until(lambda: browser.find("#model input[type=range]"))
+
+    def deferred() -> list[float]:
+        return [float(cell.text.split()[0]) for cell in browser.all("#model .card.wide tbody td:nth-child(2)")[:6]]
+
+    browser.until(lambda: browser.find("#model .card.wide tbody td"))
+    slider.send_keys(Keys.HOME)  # accept fewer familiar images
+    loose = deferred()
+    slider.send_keys(Keys.END)
+    strict = deferred()
+    assert len(loose) == 6
+    assert all(a > b for a, b in zip(loose, strict, strict=True))
+    browser.open("model")
+    kept = browser.until(lambda: browser.find("#model input[type=range]"))
+    assert kept.get_attribute("value") == kept.get_attribute("max")
+
+
+def test_with_a_token_set_the_page_asks_for_it_and_then_works() -> None:
+    tokens = json.dumps({"someone": digest(TOKEN)})
+    with running(EMBEDDED.parents[1], tokens=tokens) as server, browsing(server.url) as browser:
+        browser.open()
+        browser.hand_over("drop", [CAT])
+        browser.until(lambda: "Type your token" in browser.text("#problem"))
+        field = browser.find("#token")
+        assert field.is_displayed()
+        field.send_keys(TOKEN, Keys.ENTER)
+        browser.until(lambda: not browser.find("#problem").is_displayed())
+        browser.hand_over("drop", [CAT])
+        assert verdict_of(browser) == "Accepted"
+        assert TOKEN not in browser.text("#result")  # the curl shows where it goes, not what it is
+        browser.open()
+        assert browser.text("#access summary") == "Token ✓"
+
+
+def test_the_admin_applies_another_target_and_the_verdict_changes(tmp_path: Path) -> None:
+    settings = {"admin_token_sha256": digest(ADMIN), "state_dir": str(tmp_path)}
+    with running(EMBEDDED.parents[1], **settings) as server, browsing(server.url) as browser:
+        before = judged(server)
+        browser.open("model")
+        slider = browser.until(lambda: browser.find("#model input[type=range]"))
+        slider.send_keys(Keys.HOME)
+        browser.find("#model button.main").click()
+        browser.until(lambda: "Only the admin" in browser.text("#problem"))
+        browser.find("#token").send_keys(ADMIN, Keys.ENTER)
+        browser.until(lambda: not browser.find("#problem").is_displayed())
+        slider = browser.until(lambda: browser.find("#model input[type=range]"))
+        assert slider.get_attribute("value") == "0"  # what was chosen is kept
+        browser.find("#model button.main").click()
+        browser.until(lambda: "at least 0.8" in browser.text("#model").lower())
+        after = judged(server)
+        assert after["ood"]["target_id_acceptance"] == 0.8
+        assert after["ood"]["threshold"] < before["ood"]["threshold"]
+        assert (before["decision"], after["decision"]) == ("accept", "defer")
+
+
+def judged(server: Process) -> Any:
+    """The verdict on a cat partly covered by static: its p-value lies between the two targets' cut-offs."""
+    image = encoded(with_static(np.asarray(Image.open(SAMPLES / "cat.png")), 20))
+    return server.client.post("/v1/verdict", content=image, headers={"content-type": "image/png"}).json()
