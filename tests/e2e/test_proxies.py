@@ -93,16 +93,24 @@ def envoy(ports: list[int], folder: Path) -> Iterator[str]:
             process.wait(30)
 
 
-class Seen(BaseHTTPRequestHandler):
-    """Answers 200 to everything and keeps the headers it was sent."""
+class Recorder(ThreadingHTTPServer):
+    """Answers 200 to everything and keeps the headers of what it was sent."""
 
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.seen: list[dict[str, str]] = []
+
+
+class Answer(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    headers_seen: list[dict[str, str]]
+    server: Recorder
 
     def answer(self) -> None:
         self.rfile.read(int(self.headers.get("content-length", 0)))
         if self.command == "POST":
-            self.headers_seen.append({name.lower(): value for name, value in self.headers.items()})
+            self.server.seen.append({name.lower(): value for name, value in self.headers.items()})
         self.send_response(200)
         self.send_header("content-length", "0")
         self.end_headers()
@@ -110,6 +118,14 @@ class Seen(BaseHTTPRequestHandler):
     do_GET = do_POST = answer  # noqa: N815 - the names that the library looks for
 
     def log_message(self, *_: object) -> None: ...
+
+
+@contextmanager
+def recording() -> Iterator[Recorder]:
+    with Recorder() as recorder:
+        threading.Thread(target=recorder.serve_forever, daemon=True).start()
+        yield recorder
+        recorder.shutdown()
 
 
 @pytest.fixture(params=[nginx, envoy], ids=["nginx", "envoy"], scope="module")
@@ -149,12 +165,22 @@ def test_a_verdict_arrives_with_its_decision(client: httpx.Client) -> None:
     assert answer.headers["x-oodgate-decision"] == answer.json()["decision"]
 
 
-def test_a_deferred_image_keeps_its_header(proxy: Proxy, tmp_path: Path) -> None:
-    with running(MODELS) as server, proxy(ports_of([server]), tmp_path) as url:
-        image = (DEPLOY.parent / "examples" / "static.png").read_bytes()
-        answer = httpx.post(f"{url}/v1/verdict", content=image, headers=PNG, timeout=60)
-    assert answer.json()["decision"] == "defer"
-    assert answer.headers["x-oodgate-decision"] == "defer"
+def example(name: str) -> bytes:
+    return (DEPLOY.parent / "examples" / name).read_bytes()
+
+
+def test_the_gate_forwards_what_is_accepted_and_says_what_is_deferred(proxy: Proxy, tmp_path: Path) -> None:
+    with (
+        recording() as app,
+        running(MODELS, gate_upstream=f"http://127.0.0.1:{app.server_port}") as server,
+        proxy(ports_of([server]), tmp_path) as url,
+        httpx.Client(base_url=url, headers=PNG, timeout=60) as client,
+    ):
+        accepted = client.post("/gate/classify", content=example("cat.png"))
+        deferred = client.post("/gate/classify", content=example("static.png"))
+    assert (accepted.status_code, accepted.headers["x-oodgate-decision"]) == (200, "accept")
+    assert (deferred.status_code, deferred.headers["x-oodgate-decision"]) == (422, "defer")
+    assert len(app.seen) == 1
 
 
 def test_a_refusal_of_the_server_arrives_as_it_was_written(client: httpx.Client) -> None:
@@ -202,21 +228,14 @@ def test_every_process_gets_its_share_and_counts_it_alone(client: httpx.Client, 
 
 
 def test_what_the_caller_sends_reaches_the_server(proxy: Proxy, tmp_path: Path) -> None:
-    class Recorder(Seen):
-        headers_seen: list[dict[str, str]] = []  # noqa: RUF012 - one list for all connections
-
     sent = {
         "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
         "authorization": "Bearer secret",
         "x-request-id": "order-4711",
     }
-    upstream = ThreadingHTTPServer(("127.0.0.1", 0), Recorder)
-    upstream.daemon_threads = True
-    threading.Thread(target=upstream.serve_forever, daemon=True).start()
-    with upstream, proxy([upstream.server_port], tmp_path) as url:
+    with recording() as upstream, proxy([upstream.server_port], tmp_path) as url:
         httpx.post(f"{url}/v1/verdict", content=GOOD, headers=PNG | sent, timeout=60).raise_for_status()
-        upstream.shutdown()
-    [seen] = Recorder.headers_seen
+    [seen] = upstream.seen
     assert {name: seen[name] for name in sent} == sent
 
 
