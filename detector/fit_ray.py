@@ -17,7 +17,6 @@ import numpy as np
 import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import RayTaskError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -101,21 +100,13 @@ def _shards(
         num_cpus=0 if on_gpu else 1,
         num_gpus=1 if on_gpu else 0,
     )
-    try:
-        yield from shards.iter_rows()
-    except RayTaskError as error:
-        raise DataError(f"the cluster could not read or run the training images: {_origin(error)}") from error
-
-
-def _origin(error: BaseException) -> BaseException:
-    """What went wrong on the worker, without Ray's account of the way back."""
-    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = cause
-    return error
+    yield from shards.iter_rows()
 
 
 def _merge(gatherers: Mapping[str, Gatherer], options: FitOptions, shard: Row, expected: range) -> int:
-    """Take in one shard; the number of its images. DataError where it is not the one that comes next, whole."""
+    """Take in one shard; the number of its images. DataError where it has a problem, or is not the next one, whole."""
+    if shard["problem"]:
+        raise DataError(shard["problem"])
     images = len(shard["ids"]) // 8
     if shard["start"] != expected.start or images != len(expected):
         raise DataError(
@@ -142,14 +133,18 @@ class _Network:
 
 
 def _decode(row: Row, dataset: Any) -> Row:
-    """The images of a shard, as the network takes them."""
+    """The images of a shard, as the network takes them, or what is wrong with one."""
     images: Dataset = ray.get(dataset)
-    pixels = np.stack([images.read(index) for index in range(row["start"], row["stop"])])
+    try:
+        pixels = np.stack([images.read(index) for index in range(row["start"], row["stop"])])
+    except DataError as error:  # as a value: Ray would wrap it, and try again what cannot succeed
+        return {"start": row["start"], "shape": [0], "pixels": b"", "labels": b"", "problem": str(error)}
     return {
         "start": row["start"],
         "shape": list(pixels.shape),
         "pixels": pixels.tobytes(),
         "labels": images.labels[row["start"] : row["stop"]].tobytes(),
+        "problem": "",
     }
 
 
@@ -164,6 +159,8 @@ class _Extract:
         self.names, self.options = names, options
 
     def __call__(self, row: Row) -> Row:
+        if row["problem"]:
+            return {"start": row["start"], "ids": b"", "state": b"", "problem": row["problem"]}
         pixels = np.frombuffer(row["pixels"], np.uint8).reshape(tuple(row["shape"]))
         labels = torch.from_numpy(np.frombuffer(row["labels"], np.int64).copy())
         ids = torch.from_numpy(image_ids(pixels))
@@ -181,4 +178,4 @@ class _Extract:
             for name, gatherer in gatherers.items()
             for key, value in gatherer.progress().items()
         }
-        return {"start": row["start"], "ids": ids.numpy().tobytes(), "state": save(state)}
+        return {"start": row["start"], "ids": ids.numpy().tobytes(), "state": save(state), "problem": ""}
