@@ -1,29 +1,39 @@
-# Any base with Python 3.11 and its venv module will do: the slim Python image, or Debian 12 with python3 and python3-venv.
+# Two targets: `cpu` (the default) and `cuda`.
+#
+#   docker build -t oodgate .                       CPU
+#   docker build -t oodgate:cuda --target cuda .    CUDA; run it with --gpus all
+#
+# TORCH_INDEX_URL: one more package index. With an index of CPU-only builds of torch the CPU image is several gigabytes
+#   smaller; empty, torch comes from the usual index with its CUDA libraries.
+# COMPILE=1: adds a C++ compiler to the CPU image, which torch.compile needs while the service runs.
+# BASE: any image with Python 3.11 and its venv module will do, e.g. Debian 12 with python3 and python3-venv.
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS dependencies
-# More arguments for pip: an index of CPU-only torch builds makes the image several gigabytes smaller.
-ARG PIP_ARGS=""
+ARG TORCH_INDEX_URL=""
 WORKDIR /src
 RUN python3 -m venv /opt/oodgate/venv
 ENV PATH=/opt/oodgate/venv/bin:$PATH
 # Only what names the dependencies is copied here, so that an edit of the code does not install torch again.
+# A local version such as 2.12.1+cpu goes before 2.12.1 and fits the same pin.
 COPY pyproject.toml constraints.txt ./
 RUN python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
         > requirements.txt \
-    && pip install --no-cache-dir ${PIP_ARGS} -c constraints.txt -r requirements.txt
+    && pip install --no-cache-dir ${TORCH_INDEX_URL:+--extra-index-url ${TORCH_INDEX_URL}} \
+        -c constraints.txt -r requirements.txt
 
 FROM dependencies AS wheel
 COPY README.md LICENSE ./
 COPY detector detector
 COPY service service
-RUN pip wheel --no-cache-dir ${PIP_ARGS} --no-deps --wheel-dir /wheels .
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
-FROM ${BASE}
+FROM ${BASE} AS runtime
 # Who publishes the container's port decides who reaches it; with tokens set, OODGATE_ALLOW_OPEN changes nothing.
 # A number, because Kubernetes can prove only of a number that it is not root.
 RUN groupadd --gid 10001 oodgate \
-    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /opt/oodgate --shell /usr/sbin/nologin oodgate
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /opt/oodgate --shell /usr/sbin/nologin oodgate \
+    && install --directory --owner=10001 --group=10001 /var/lib/oodgate
 COPY --from=dependencies /opt/oodgate/venv /opt/oodgate/venv
 ENV PATH=/opt/oodgate/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -39,12 +49,28 @@ COPY --chmod=755 models /opt/oodgate/models
 # A copy rather than a mount: not every builder notices that a mounted wheel has changed.
 COPY --from=wheel /wheels /opt/oodgate/wheels
 RUN pip install --no-cache-dir --no-index --no-deps /opt/oodgate/wheels/*.whl
-
-USER 10001:10001
 WORKDIR /opt/oodgate
 EXPOSE 8000
+# The root file system may be read-only: the service writes here, and short-lived files to /tmp.
+VOLUME /var/lib/oodgate
 # The empty proxy handler: a proxy in the environment must not be asked for the container's own address.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python3", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:' + os.environ['OODGATE_PORT'] + '/v2/health/ready', timeout=4)"]
 ENTRYPOINT ["oodgate"]
 CMD ["serve"]
+
+# Triton compiles its launchers with the system's compiler while the service runs, so this target always has one.
+FROM runtime AS cuda
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev && rm -rf /var/lib/apt/lists/*
+ENV OODGATE_DEVICE=cuda \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 10001:10001
+
+FROM runtime AS cpu
+ARG COMPILE=""
+RUN if [ "${COMPILE}" = 1 ]; then \
+        apt-get update && apt-get install --yes --no-install-recommends g++ python3-dev && rm -rf /var/lib/apt/lists/*; \
+    fi
+ENV OODGATE_DEVICE=cpu
+USER 10001:10001

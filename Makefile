@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+MINUTES ?= 15
 # OpenMP threads that spin while waiting collapse beside a busy neighbour.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: serve test test-ray check bench bench-serving bench-scaling bench-drift fmt model clean
+.PHONY: serve test test-ray check bench bench-serving bench-scaling bench-drift fmt model dashboards image-test soak fuzz clean
 
 serve: $(VENV)/.serve
 	$(BIN)/oodgate serve
@@ -35,6 +36,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_imports.py
+	$(BIN)/python -m tests.dependencies
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.cifar10.report
@@ -58,6 +60,13 @@ bench-drift: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.drift.replay
 	$(BIN)/python -m benchmarks.drift.table
 
+# The long forms of the fault tests; docs/reliability.md shows what they found.
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.faults.fuzz
+
 fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -66,6 +75,14 @@ fmt: $(VENV)/.dev
 model: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.cifar10.train --out build/cifar10
 	$(BIN)/python -m benchmarks.cifar10.fit --weights build/cifar10/weights.safetensors
+
+# Write deploy/grafana/dashboards/ from deploy/grafana/source/.
+dashboards: $(VENV)/.dev
+	$(BIN)/python -m deploy.grafana.source
+
+# Build the container image with buildah and get a verdict from it. Needs root, buildah and debootstrap.
+image-test:
+	deploy/image/test.sh
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -168,11 +168,9 @@ def load(directory: Path) -> Artifact:
     """
     manifest = read_manifest(directory)
     present = {path.name for path in directory.iterdir()} - {MANIFEST}
-    if present != set(manifest.files):
-        odd = ", ".join(sorted(present ^ set(manifest.files)))
-        raise ArtifactCorrupt(
-            f"{directory}: {odd}: on disk or in the manifest, but not in both; copy the directory again"
-        )
+    if present != set(manifest.files) or REPORT not in present:
+        odd = ", ".join(sorted(present ^ set(manifest.files))) or REPORT
+        raise ArtifactCorrupt(f"{directory}: {odd}: not both on disk and in the manifest; copy the directory again")
     for name, expected in manifest.files.items():
         if name != REPORT and file_digest(directory / name) != expected:
             raise ArtifactCorrupt(
@@ -208,7 +206,11 @@ def read_manifest(directory: Path) -> Manifest:
         where = ".".join(map(str, first["loc"]))
         raise ArtifactCorrupt(f"{path} is no manifest of schema 1: {where}: {first['msg']}") from error
     # Of the file as it stands: a field that a later version adds must not condemn it.
-    if _model_digest(json.loads(content)) != manifest.model_digest:
+    try:
+        digest = _model_digest(json.loads(content))
+    except ValueError as error:  # NaN, which JSON does not know
+        raise ArtifactCorrupt(f"{path} is not JSON: {error}") from error
+    if digest != manifest.model_digest:
         raise ArtifactCorrupt(f"{path} differs from its own digest; it was edited after it was written")
     return manifest
 

@@ -9,7 +9,8 @@ Plain outputs come from the lean form of the network (`forward.py`), which has n
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from detector.errors import BackboneError, DataError, NonFiniteFeatures, TapNotFound
-from detector.forward import Forward, Precision as Precision
+from detector.forward import UNDISTURBED, Forward, Precision as Precision
 from detector.images import Preprocessing
 from detector.staging import Staging
 
@@ -213,13 +214,15 @@ class Backbone:
                 logits, penultimate, tapped = self._with_early(images)
             else:
                 on_device = images if self._staging is None else self._staging.upload(images)
-                (logits, penultimate), tapped = self.forward(on_device), None
+                forward, tapped = self.forward, None  # made before it runs: making it may trace
+                with UNDISTURBED.running():
+                    logits, penultimate = forward(on_device)
         _refuse_non_finite(logits)
         return Outputs(logits, penultimate, tapped, inputs=images if inputs else None)
 
     def outputs_of(self, x: Tensor) -> Outputs:
         """Run the network itself on its own input, float [N, 3, H, W], as from `normalised`; raises as `outputs`."""
-        with self._one_at_a_time, torch.inference_mode():
+        with self._alone(), torch.inference_mode():
             penultimate = self._penultimate(x)
             logits = torch.addmm(self.bias, penultimate, self.weight.T)
         _refuse_non_finite(logits)
@@ -240,7 +243,7 @@ class Backbone:
         def replace_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             return early.to(self.device, output.dtype)
 
-        with self._one_at_a_time, torch.inference_mode():
+        with self._alone(), torch.inference_mode():
             handle = self._layer(self.early).register_forward_hook(replace_output)
             try:
                 return self._penultimate(unused)
@@ -273,7 +276,7 @@ class Backbone:
         def keep_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             taps["penultimate of the head"] = inputs[0]
 
-        with self._one_at_a_time, torch.inference_mode(False), torch.enable_grad():
+        with self._alone(), torch.inference_mode(False), torch.enable_grad():
             handles = [self._layer(path).register_forward_hook(keep_output(path)) for path in layers]
             handles.append(self._layer(self.head).register_forward_pre_hook(keep_input))
             try:
@@ -291,7 +294,7 @@ class Backbone:
             parameters: by their names in the network.
             images: uint8 [N, H, W, 3].
         """
-        with self._one_at_a_time:
+        with self._alone():
             x = self.normalised(images).contiguous()
             logits: Tensor = functional_call(self.module, dict(parameters), (x,))
         return logits
@@ -336,13 +339,20 @@ class Backbone:
             raise BackboneError(f"the input of {self.head!r} has shape {shape}; one vector per image is needed")
         return penultimate
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While the network itself runs, with hooks on it."""
+        _ = self.module  # made before it runs, where it was released
+        with self._one_at_a_time, UNDISTURBED.running():
+            yield
+
     def _with_early(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         taps: dict[str, Tensor] = {}
 
         def keep_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
             taps["early"] = output.float()
 
-        with self._one_at_a_time:
+        with self._alone():
             handle = self._layer(self.early).register_forward_hook(keep_output)
             try:
                 penultimate = self._penultimate(self.normalised(images))
@@ -381,7 +391,7 @@ class Backbone:
             if _is_linear(module)
         ]
         # Not inference mode: an in-place operation of the network on its own buffers must stay possible.
-        with torch.no_grad():
+        with UNDISTURBED.running(), torch.no_grad():
             logits = self.module(torch.zeros(2, 3, *self.preprocessing.crop, device=self.device))
         for handle in handles:
             handle.remove()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from detector import artifact as artifacts
 from detector.artifact import GOLDEN_TOLERANCE, Artifact, Manifest
 from detector.backbone import Backbone, Outputs, Precision, Run, resolve_device
-from detector.errors import ArtifactCorrupt, ArtifactError, CalibrationError, GoldenMismatch
+from detector.errors import ArtifactCorrupt, ArtifactError, CalibrationError, GoldenMismatch, OodgateError
 from detector.features import bind
 from detector.images import Limits, Pixels, decode, image_ids
 from detector.networks import build, load_export
@@ -83,7 +83,7 @@ class Detector:
 
         Raises:
             ArtifactNotFound, ArtifactCorrupt, SplitOverlap: see `artifact.load`.
-            ArtifactError: the precision asked for was never calibrated.
+            ArtifactError: the precision asked for was never calibrated, or the files do not fit each other.
             BackboneError: the device is not there.
             GoldenMismatch: this machine answers otherwise than the one that wrote the artifact.
         """
@@ -113,8 +113,14 @@ class Detector:
 
     @classmethod
     def _proven(cls, artifact: Artifact, device: torch.device, precision: Precision) -> Self:
-        detector = cls.from_artifact(artifact, device, precision)
-        detector.self_test(artifact.golden)
+        try:
+            detector = cls.from_artifact(artifact, device, precision)
+            detector.self_test(artifact.golden)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if isinstance(error, OodgateError):
+                raise
+            name = f"{artifact.manifest.name}/{artifact.manifest.version}"
+            raise ArtifactError(f"{name} cannot be used: {type(error).__name__}: {error}") from error
         return_freed_memory()
         return detector
 

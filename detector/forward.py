@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Literal
 
@@ -21,6 +23,47 @@ from detector.errors import BackboneError
 from detector.images import Preprocessing
 
 Precision = Literal["fp32", "bf16"]
+
+
+class Undisturbed:
+    """Keeps runs of networks and traces of torch.fx apart.
+
+    While it traces, torch.fx replaces `nn.Module.__call__` for the whole process, so a network that another thread runs
+    then would be recorded, or break. Runs do not wait for each other; a trace waits for them, and new ones for it.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running, self._wanted = 0, 0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While a network runs; not to be entered again inside."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._wanted)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """While torch.fx traces."""
+        with _ONE_TRACE, self._changed:
+            self._wanted += 1
+            self._changed.wait_for(lambda: not self._running)
+            try:
+                yield
+            finally:
+                self._wanted -= 1
+                self._changed.notify_all()
+
+
+_ONE_TRACE = threading.Lock()
+UNDISTURBED = Undisturbed()
 
 
 class Forward(nn.Module):
@@ -102,7 +145,8 @@ class _Watched(nn.Module):
 def _without_head(module: nn.Module, head: str) -> fx.GraphModule | None:
     """The network up to the input of its head, batch norms folded; None where torch.fx cannot trace it."""
     try:
-        traced = fx.symbolic_trace(module)
+        with UNDISTURBED.tracing():
+            traced = fx.symbolic_trace(module)
     except Exception:  # tracing runs the network's own code on stand-ins, which may raise anything
         return None
     calls = [node for node in traced.graph.nodes if node.op == "call_module" and node.target == head]

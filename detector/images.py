@@ -43,7 +43,7 @@ _FOREIGN_MAGIC = (
 # What Pillow's three decoders raise on damaged bytes, established by fuzzing them.
 _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, IndexError, KeyError, TypeError, AttributeError, EOFError, OverflowError,
-    struct.error, zlib.error,
+    struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 _INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -185,13 +185,27 @@ def _open(data: bytes, limits: Limits) -> ImageFile.ImageFile:
         raise UndecodableImage("the image is empty (0 bytes)")
     if len(data) > limits.max_bytes:
         raise TooManyBytes(len(data), limits.max_bytes)
-    if data.startswith(_PNG_START) and len(data) >= 24:
-        # Pillow reads a PNG up to its first pixels; the size stands at a fixed place long before.
-        width, height = struct.unpack(">II", data[16:24])
-        _check_size(width, height, limits)
+    # Pillow reads a PNG up to its first pixels, and raises an error of its own at a huge WebP.
+    announced = _announced(data)
+    if announced is not None:
+        _check_size(*announced, limits)
     image = _read_header(data)
     _check_size(*image.size, limits)
     return image
+
+
+def _announced(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a PNG or WebP, from their fixed place in the header."""
+    if data.startswith(_PNG_START) and len(data) >= 24:
+        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    if not (data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30):
+        return None
+    if data[12:16] == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if data[12:16] == b"VP8L":
+        sides = int.from_bytes(data[21:25], "little")
+        return 1 + (sides & 0x3FFF), 1 + (sides >> 14 & 0x3FFF)
+    return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
 
 
 def _check_size(width: int, height: int, limits: Limits) -> None:

@@ -128,6 +128,7 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     for part in (verdict, explain, oip, gate, models, report, admin, monitor, console, health):
         app.include_router(part.router)
+    problems.document(app)
     return app
 
 

@@ -101,7 +101,7 @@ class Audit:
                 self._on_loss(lost)
             dirty = self._append(lines) or dirty
             if dirty and (closing or time.monotonic() - synced >= SYNC_S):
-                os.fsync(self._file.fileno())
+                self._sync()
                 synced, dirty = time.monotonic(), False
             if closing:
                 self._file.close()
@@ -122,16 +122,23 @@ class Audit:
             return False
         return True
 
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            log.error("the audit log cannot be synced; what was written may not outlive the machine", exc_info=error)
+
     def _rotate(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._sync()
         for number in range(self._keep, 0, -1):
             older = self._path.with_name(f"{FILE}.{number}")
             if older.exists():
                 older.replace(self._path.with_name(f"{FILE}.{number + 1}"))
         self._path.with_name(f"{FILE}.{self._keep + 1}").unlink(missing_ok=True)
         self._path.replace(self._path.with_name(f"{FILE}.1"))
-        self._file = self._path.open("ab", buffering=0)
+        fresh = self._path.open("ab", buffering=0)
+        self._file.close()  # not before its successor is there: a failure leaves a file to write to
+        self._file = fresh
 
 
 class NoAudit:

@@ -292,7 +292,6 @@ class Engine:
             if self.window_s and self._running is None:
                 self._wait_for_more(self._waiting[0].enqueued + self.window_s)
             batch = self._cut()
-            self._in_hand = [*(self._running.work if self._running else ()), *batch]
         self._last_pulse = time.monotonic()
         return batch
 
@@ -302,6 +301,8 @@ class Engine:
         batch = list(islice((work for work in self._waiting if work.model is model), self.buckets[-1]))
         if not model.detector.asynchronous:
             batch = batch[: max(bucket for bucket in self.buckets if bucket <= len(batch))]
+        # In hand before they leave the queue: wherever the loop is lost, somebody knows of them.
+        self._in_hand = [*(self._running.work if self._running else ()), *batch]
         taken = set(map(id, batch))
         self._waiting = deque(work for work in self._waiting if id(work) not in taken)
         return batch
@@ -365,8 +366,8 @@ class Engine:
         except Exception:
             log.warning("the engine still fails", exc_info=True)
         else:
-            log.info("the engine works again")
             self._failures = 0
+            log.info("the engine works again")
 
     def _shadows_now(self, model: ServedModel) -> bool:
         self._shadow_share += model.shadow_ratio

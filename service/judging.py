@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from fastapi import Request
 from PIL import Image
+from starlette.requests import ClientDisconnect
 
 from detector.errors import ImageError, OodgateError, TooManyBytes, TooManyPixels
 from detector.images import Limits, Pixels, Preprocessing, decode, is_small, resize
@@ -33,6 +34,7 @@ from service.errors import (
     UnsupportedMediaType,
 )
 from service.security import Caller
+from service.server import ABANDON
 
 T = TypeVar("T")
 _SOURCE = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -101,6 +103,34 @@ def counting_rejections(context: Context) -> Iterator[None]:
     except OodgateError as error:
         count_rejection(context, error)
         raise
+
+
+@contextmanager
+def while_the_caller_waits(request: Request) -> Iterator[None]:
+    """Give up what a request asks for when its connection is lost, so that nothing is computed for nobody.
+
+    Raises:
+        ClientDisconnect: the caller is gone.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    def abandon() -> None:
+        nonlocal gone
+        gone = True
+        task.cancel()
+
+    request.scope[ABANDON] = abandon
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        task.uncancel()
+        raise ClientDisconnect from None
+    finally:
+        del request.scope[ABANDON]
 
 
 async def read_in_time(context: Context, read: Callable[[], Awaitable[T]]) -> T:

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 CLIENT_GONE = 499  # in metrics and the log, of a request whose client left: nobody saw a status
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+# W3C Trace Context: version, trace id, parent id, flags; later versions may append more. All zeros are no id.
+_TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 
 
@@ -60,7 +62,7 @@ class Observe:
             except Unauthorized as error:
                 await response(error, Request(scope))(scope, body.receive, send_with_id)
             except ClientDisconnect:
-                status = CLIENT_GONE
+                status = status or CLIENT_GONE
             except Exception as error:
                 log.error("unexpected error", exc_info=error, extra={"request_id": request_id})
                 if status:
@@ -81,7 +83,8 @@ class Observe:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         requests, request_seconds = self._counted(handler, method, status)
         requests.inc()
-        request_seconds.observe(seconds)
+        trace = _trace_id(scope)
+        request_seconds.observe(seconds, trace or None)
         quiet = handler.startswith(("/v2/health", "/metrics"))
         access.write(
             logging.DEBUG if quiet else logging.INFO,
@@ -91,6 +94,7 @@ class Observe:
                 "path": scope["path"],
                 "status": status,
                 "duration_ms": round(1000 * seconds, 3),
+                **trace,
             },
         )
 
@@ -108,6 +112,13 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return str(value.decode())
     return uuid.uuid4().hex
+
+
+def _trace_id(scope: Scope) -> dict[str, str]:
+    """The caller's trace id, by its name in log and exemplar; empty where `traceparent` is missing or malformed."""
+    sent = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
+    found = _TRACEPARENT.fullmatch(sent)
+    return {"trace_id": found[1].decode()} if found else {}
 
 
 class _Body:

@@ -24,8 +24,10 @@ from detector.errors import (
     UnsupportedImageFormat,
 )
 from service.errors import MalformedRequest, ServiceError
+from service.security import is_open_path
 
 MEDIA_TYPE = "application/problem+json"
+_PROBLEM: dict[str, Any] = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _STATUS: Mapping[type[OodgateError], int] = {
     TooManyBytes: 413,
     TooManyPixels: 413,
@@ -79,6 +81,28 @@ def install(app: FastAPI) -> None:
         answer = _answer(_document(error.status_code, code, str(error.detail)), request)
         answer.headers.update(error.headers or {})
         return answer
+
+
+def document(app: FastAPI) -> None:
+    """Say in the OpenAPI document how errors are really answered: as problems, a missing token among them."""
+    plain = app.openapi
+
+    def with_problems() -> dict[str, Any]:
+        described = plain()
+        for path, operations in described["paths"].items():
+            for operation in operations.values():
+                responses = operation["responses"]
+                if not is_open_path(path):
+                    responses.setdefault("401", {"description": "No token, or an unknown one", "content": _PROBLEM})
+                for status, response in list(responses.items()):
+                    schema = response.get("content", {}).get("application/json", {}).get("schema", {})
+                    if schema == {"$ref": "#/components/schemas/HTTPValidationError"}:
+                        del responses[status]  # FastAPI's own, which `install` answers with a 400
+                    elif schema == _PROBLEM[MEDIA_TYPE]["schema"]:
+                        response["content"] = _PROBLEM
+        return described
+
+    app.openapi = with_problems  # type: ignore[method-assign]
 
 
 def unexpected(request: Request) -> JSONResponse:

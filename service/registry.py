@@ -171,14 +171,16 @@ class Registry:
             served = self._models.get(directory.parent.name)
             if served is not None and int(directory.name) <= int(served.detector.manifest.version):
                 continue
-            changed = (directory / MANIFEST).stat().st_mtime_ns
-            if self._tried.get(directory) == changed:
-                continue
-            self._tried[directory] = changed
             try:
+                changed = (directory / MANIFEST).stat().st_mtime_ns
+                if self._tried.get(directory) == changed:
+                    continue
+                self._tried[directory] = changed
                 await self._replace(directory)
             except OodgateError as error:
                 log.error("a new version cannot be served: %s", error, extra={"code": error.code})
+            except Exception as error:  # a device out of memory, a folder that vanished: look again next time
+                log.error("a new version cannot be served", exc_info=error)
 
     def close(self) -> None:
         """End what loads and what compiles."""
@@ -271,7 +273,7 @@ class Registry:
 
 def all_versions(models: Path) -> list[Path]:
     """Every NAME/NUMBER that holds a manifest; directories of other names are left alone."""
-    return [path.parent for path in models.glob(f"*/*/{MANIFEST}") if path.parent.name.isdigit()]
+    return [path.parent for path in models.glob(f"*/*/{MANIFEST}") if path.parent.name.isdecimal()]
 
 
 def newest_versions(models: Path) -> list[Path]:

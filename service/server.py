@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -20,6 +20,7 @@ from uvicorn.server import HANDLED_SIGNALS
 
 MAX_HEAD_BYTES = 64 * 2**10  # request line and headers; a proxy in front allows 8 to 32 KiB
 HEAD_SECONDS = 10.0  # in which a head must be complete, and a new connection must begin one
+ABANDON = "oodgate.abandon"  # in a request's scope: to be called when its caller is gone
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -40,6 +41,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timer()
         super().connection_lost(exc)
+        scope = cast(dict[str, Any] | None, self.scope)  # None where nothing was ever asked
+        if scope is not None and ABANDON in scope:
+            scope[ABANDON]()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:

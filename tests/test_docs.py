@@ -18,6 +18,7 @@ from detector.errors import OodgateError
 from detector.scores import registry
 from service import Settings, create_app
 from service.metrics import Metrics
+from tests.faults import report
 from tests.helpers import EMBEDDED, ROOT
 
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
@@ -92,6 +93,10 @@ def test_the_performance_page_shows_what_was_measured() -> None:
 def test_the_heat_maps_compared_are_those_that_were_measured() -> None:
     measured = json.loads((ROOT / "benchmarks" / "results" / "heat.json").read_text())
     assert table(measured["maps"]) in (ROOT / "docs" / "console.md").read_text()
+
+
+def test_the_reliability_page_shows_what_was_measured() -> None:
+    assert report.table() in (ROOT / "docs" / "reliability.md").read_text()
 
 
 def test_the_results_page_speaks_of_the_model_that_is_here() -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client.exposition import choose_encoder
@@ -10,6 +12,11 @@ from prometheus_client.exposition import choose_encoder
 from service.context import Ctx
 
 router = APIRouter(tags=["health"])
+
+_TEXT = {"schema": {"type": "string"}}
+_EXPOSED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": _TEXT, "application/openmetrics-text": _TEXT}}
+}
 
 
 @router.get("/v2/health/live", operation_id="live", summary="Is the process worth keeping?")
@@ -28,7 +35,9 @@ async def ready(context: Ctx) -> JSONResponse:
     return JSONResponse({"ready": is_ready, "live": engine.alive}, 200 if is_ready else 503)
 
 
-@router.get("/metrics", operation_id="metrics", summary="Prometheus metrics")
+@router.get(
+    "/metrics", operation_id="metrics", summary="Prometheus metrics", response_class=Response, responses=_EXPOSED
+)
 async def metrics(context: Ctx, request: Request) -> Response:
     """The text format, or OpenMetrics where the scraper asks for it."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))

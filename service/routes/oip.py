@@ -27,6 +27,7 @@ from service.judging import (
     judge_all,
     read_in_time,
     shows_evidence,
+    while_the_caller_waits,
 )
 from service.oip_schemas import (
     INFER,
@@ -135,7 +136,7 @@ def _ready(context: Context, model: ServedModel) -> JSONResponse:
 
 
 async def _infer(request: Request, context: Context, name: str, version: str | None) -> Response:
-    with counting_rejections(context):
+    with counting_rejections(context), while_the_caller_waits(request):
         model = context.registry.get(name, version)
         started = time.monotonic()
         body = await read_in_time(context, partial(_read, request))

@@ -25,6 +25,7 @@ from service.judging import (
     judge_all,
     read_in_time,
     shows_evidence,
+    while_the_caller_waits,
 )
 from service.reading import IMAGES_BODY, read_images
 from service.schemas import Problem, VerdictBody, VerdictList, item_body, verdict_body
@@ -66,7 +67,7 @@ async def version_verdict(name: str, version: str, request: Request, context: Ct
 
 
 async def _respond(request: Request, context: Context, name: str | None, version: str | None) -> Response:
-    with counting_rejections(context):
+    with counting_rejections(context), while_the_caller_waits(request):
         model = context.registry.get(name, version)
         started = time.monotonic()
         files, several = await read_in_time(context, partial(read_images, request, context.settings))

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +13,16 @@ import pytest
 import torch
 
 from detector import Detector, artifact as artifacts
-from detector.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, GoldenMismatch, SplitOverlap
-from tests.helpers import toy_images, toy_model
+from detector.artifact import CALIBRATION, GOLDEN, MANIFEST, REPORT, SCORES, SPLITS, WEIGHTS
+from detector.errors import (
+    ArtifactCorrupt,
+    ArtifactError,
+    ArtifactNotFound,
+    GoldenMismatch,
+    OodgateError,
+    SplitOverlap,
+)
+from tests.helpers import EMBEDDED, toy_images, toy_model
 
 
 @pytest.fixture
@@ -40,6 +51,86 @@ def test_every_altered_byte_is_found(copy: Path) -> None:
             artifacts.load(copy)
         path.write_bytes(before)
     artifacts.load(copy)
+
+
+def test_every_truncated_file_is_found(copy: Path) -> None:
+    for path in sorted(copy.iterdir()):
+        if path.name == REPORT:
+            continue
+        whole = path.read_bytes()
+        for kept in (0, len(whole) // 2, len(whole) - 2):
+            path.write_bytes(whole[:kept])
+            with pytest.raises(ArtifactCorrupt):
+                Detector.load(copy)
+        path.write_bytes(whole)
+    Detector.load(copy)
+
+
+def test_every_file_of_another_model_is_found(copy: Path) -> None:
+    for path in sorted(copy.iterdir()):
+        if path.name == REPORT:
+            continue
+        own = path.read_bytes()
+        shutil.copy(EMBEDDED / path.name, path)
+        with pytest.raises(ArtifactCorrupt):
+            Detector.load(copy)
+        path.write_bytes(own)
+    Detector.load(copy)
+
+
+def rewritten(directory: Path, **changes: object) -> None:
+    """Change a manifest and give it the digest that it should then have."""
+    content = json.loads((directory / MANIFEST).read_text()) | changes
+    content["model_digest"] = artifacts._model_digest(content)
+    (directory / MANIFEST).write_text(json.dumps(content))
+
+
+TENSORS = sorted({WEIGHTS, SCORES, CALIBRATION, SPLITS, GOLDEN})
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(TENSORS, 2)))
+def test_files_swapped_under_right_digests_are_refused_by_name(copy: Path, first: str, second: str) -> None:
+    aside = copy.parent / "aside"
+    (copy / first).rename(aside)
+    (copy / second).rename(copy / first)
+    aside.rename(copy / second)
+    rewritten(copy, files={path.name: artifacts.file_digest(path) for path in copy.iterdir() if path.name != MANIFEST})
+    with pytest.raises(OodgateError):
+        Detector.load(copy)
+
+
+@pytest.mark.parametrize("name", ["../escaped.safetensors", "/etc/passwd", "a/../../b", "sub/scores.safetensors"])
+def test_a_name_that_leads_out_of_the_directory_is_refused_unread(copy: Path, name: str) -> None:
+    (copy.parent / "escaped.safetensors").write_bytes(b"x")
+    files = json.loads((copy / MANIFEST).read_text())["files"]
+    rewritten(copy, files=files | {name: files[SCORES]})
+    with pytest.raises(ArtifactCorrupt, match=re.escape(name)):
+        Detector.load(copy)
+
+
+@pytest.mark.parametrize("name", [*TENSORS, REPORT])
+def test_a_manifest_that_names_too_few_files_is_refused(copy: Path, name: str) -> None:
+    files = json.loads((copy / MANIFEST).read_text())["files"]
+    del files[name]
+    (copy / name).unlink()
+    rewritten(copy, files=files)
+    with pytest.raises(ArtifactError):
+        Detector.load(copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"schema_version": NaN}'])
+def test_a_manifest_that_is_none_is_refused(copy: Path, content: bytes) -> None:
+    (copy / MANIFEST).write_bytes(content)
+    with pytest.raises(ArtifactCorrupt):
+        Detector.load(copy)
+
+
+def test_a_manifest_with_a_number_that_json_does_not_know_is_refused(copy: Path) -> None:
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["score_tolerance"]["fp32"]["grood"] = math.nan
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactCorrupt, match="not JSON"):
+        Detector.load(copy)
 
 
 def test_a_damaged_report_does_not_keep_a_model_from_serving(copy: Path) -> None:

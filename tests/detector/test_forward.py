@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from detector.errors import GoldenMismatch
 from detector.forward import Forward
 from detector.networks import CIFAR_PREPROCESSING
 from detector.staging import DEPTH, Staging, download
-from tests.helpers import toy_images, toy_model
+from tests.helpers import toy_images, toy_model, toy_network
 
 
 class Untraceable(nn.Module):
@@ -165,3 +166,28 @@ def test_results_come_down_in_one_copy_with_their_shapes() -> None:
     assert all(torch.equal(part, value.double()) for part, value in zip(found, values, strict=True))
     assert download([]) == []
     assert download([torch.zeros(0), torch.zeros(0, 4)])[1].shape == (0, 4)
+
+
+def test_a_network_that_is_traced_on_one_thread_disturbs_no_run_on_another() -> None:
+    backbone = Backbone(toy_network().module, CIFAR_PREPROCESSING)
+    images = torch.from_numpy(toy_images(2, seed=0)[0])
+    expected = backbone.outputs(images, early=True).logits
+    stop = threading.Event()
+    failures: list[Exception] = []
+
+    def run() -> None:
+        while not stop.is_set():
+            try:
+                for early in (False, True):
+                    assert torch.allclose(backbone.outputs(images, early=early).logits, expected, atol=1e-4)
+            except Exception as error:
+                failures.append(error)
+                return
+
+    runner = threading.Thread(target=run)
+    runner.start()
+    for _ in range(10):
+        assert Backbone(toy_network().module, CIFAR_PREPROCESSING).outputs(images).logits.shape == expected.shape
+    stop.set()
+    runner.join()
+    assert failures == []

@@ -167,9 +167,19 @@ def test_a_huge_header_is_refused_with_its_size_before_any_pixel_is_decoded() ->
         decode(HUGE_PNG, SMALL)
 
 
-def test_a_webp_over_the_pixel_limit_is_refused() -> None:
-    with pytest.raises(TooManyPixels):
-        decode(encoded(photo(64, 64), "WEBP"), SMALL, Limits(max_pixels=4095))
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}])
+def test_a_webp_over_the_pixel_limit_is_refused_with_its_size(options: dict[str, object]) -> None:
+    with pytest.raises(TooManyPixels, match="64 x 48"):
+        decode(encoded(photo(64, 48), "WEBP", **options), SMALL, Limits(max_pixels=64 * 48 - 1))
+
+
+def test_a_webp_that_announces_more_than_the_library_would_open_is_refused_with_its_size() -> None:
+    data = bytearray(encoded(photo(64, 48), "WEBP"))
+    data[26:30] = (16_000).to_bytes(2, "little") * 2
+    with pytest.raises(TooManyPixels, match="16000 x 16000"):
+        decode(bytes(data), SMALL)
+    with pytest.raises(UndecodableImage):
+        decode(bytes(data), SMALL, Limits(max_pixels=10**9))
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "BMP", "TIFF"])

@@ -26,13 +26,14 @@ def free_port() -> int:
 class Process:
     """A running server: its client, and its log as it comes."""
 
-    def __init__(self, models: Path, **settings: str) -> None:
+    def __init__(self, models: Path, module: str = "service", **settings: str) -> None:
         port = free_port()
         self.log: list[dict[str, object]] = []
-        self._ready, self._ended = threading.Event(), threading.Event()
+        self._grown, self._ended = threading.Condition(), threading.Event()
         environment = os.environ | {f"OODGATE_{name.upper()}": value for name, value in settings.items()}
-        command = [sys.executable, "-m", "service", "serve", "--models", str(models), "--port", str(port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+        command = [sys.executable, "-m", module, "serve", "--models", str(models), "--port", str(port)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True)
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
         self.url = f"http://127.0.0.1:{port}"
@@ -43,15 +44,28 @@ class Process:
         with self.process.stdout as lines:
             for line in lines:
                 record = json.loads(line)  # every line of the log is JSON
-                self.log.append(record)
-                if str(record["message"]).startswith("Uvicorn running"):
-                    self._ready.set()
-        self._ended.set()
-        self._ready.set()
+                with self._grown:
+                    self.log.append(record)
+                    self._grown.notify_all()
+        with self._grown:
+            self._ended.set()
+            self._grown.notify_all()
 
-    def wait_ready(self, seconds: float = 60) -> None:
-        assert self._ready.wait(seconds)
-        assert not self._ended.is_set(), self.log
+    def wait_ready(self, seconds: float = 300) -> None:
+        self.wait_logged(seconds, message="Uvicorn running")
+
+    def wait_logged(self, seconds: float = 60, *, after: int = 0, **fields: str) -> None:
+        """Wait for a record, behind the first `after` ones, whose fields start so."""
+
+        def logged() -> bool:
+            return any(
+                all(str(record.get(name)).startswith(value) for name, value in fields.items())
+                for record in self.log[after:]
+            )
+
+        with self._grown:
+            assert self._grown.wait_for(lambda: logged() or self._ended.is_set(), seconds), fields
+        assert logged(), self.log
 
     def resident_bytes(self) -> int:
         for line in self.client.get("/metrics").text.splitlines():
@@ -69,13 +83,15 @@ class Process:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
         self._reader.join(10)
         self.client.close()
 
 
 @contextmanager
-def running(models: Path, **settings: str) -> Iterator[Process]:
-    server = Process(models, **settings)
+def running(models: Path, module: str = "service", **settings: str) -> Iterator[Process]:
+    server = Process(models, module, **settings)
     try:
         server.wait_ready()
         yield server

@@ -7,15 +7,17 @@ import base64
 import hashlib
 import json
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from starlette.testclient import TestClient
 
-from detector import artifact as artifacts
+from detector import Detector, artifact as artifacts
 from detector.artifact import MANIFEST, SCORES
 from service import Settings, create_app
 from service.errors import StateUnwritable
@@ -208,6 +210,25 @@ def test_polling_takes_newer_versions_and_gives_up_on_broken_ones_until_they_cha
         for _ in range(20):
             assert post(running.client, GOOD).json()["model"]["version"] == "3"
         assert failures() == 1
+
+
+def test_polling_goes_on_after_an_error_that_nobody_foresaw(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, failed = Detector.load, threading.Event()
+
+    def out_of_memory(directory: Path, **options: Any) -> Detector:
+        if directory.name == "2":
+            failed.set()
+            raise torch.cuda.OutOfMemoryError("injected")
+        return loaded(directory, **options)
+
+    with serving(settings(models, tmp_path / "state", poll_seconds=0.01)) as running:
+        monkeypatch.setattr(Detector, "load", out_of_memory)
+        add_version(models, 2)
+        assert failed.wait(20)
+        add_version(models, 3)
+        wait_until(lambda: post(running.client, GOOD).json()["model"]["version"] == "3")
 
 
 def wait_until(condition: Any) -> None:

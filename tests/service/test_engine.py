@@ -376,27 +376,53 @@ def test_an_idle_engine_stays_alive() -> None:
     run(body)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["ask", "cancel", "fail"]), st.integers(0, 3)), min_size=1, max_size=40))
-def test_everyone_is_answered_exactly_once_whoever_leaves_or_fails(script: list[tuple[str, int]]) -> None:
-    gate = Gate()
-    gate.failing = {index for index, (kind, _) in enumerate(script) if kind == "fail"}
+requests = st.tuples(st.sampled_from(["ask", "cancel", "fail", "late"]), st.integers(1, 5), st.integers(0, 3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(requests, min_size=1, max_size=25), st.integers(1, 8), st.booleans())
+def test_everyone_is_answered_exactly_once_in_order_whoever_leaves_is_late_or_fails(
+    script: list[tuple[str, int, int]], max_batch: int, asynchronous: bool
+) -> None:
+    gate = Gate(asynchronous=asynchronous)
     model = gate.model
+    kinds = [kind for kind, images, _ in script for _ in range(images)]  # of each image, by its value
+    gate.failing = {value for value, kind in enumerate(kinds) if kind == "fail"}
+    delivered: list[int] = []
+
+    async def request(engine: Engine, values: range, deadline: float) -> list[Answer | BaseException]:
+        with engine.admit(len(values)):
+            judging = (engine.judge(model, image(value), deadline) for value in values)
+            return await asyncio.gather(*judging, return_exceptions=True)
 
     async def body(engine: Engine) -> None:
-        tasks = []
-        for index, (_, yields) in enumerate(script):
-            tasks.append(asyncio.create_task(engine.judge(model, image(index), soon())))
+        tasks, first = [], 0
+        for kind, images, yields in script:
+            deadline = 0.0 if kind == "late" else soon()
+            tasks.append(asyncio.create_task(request(engine, range(first, first + images), deadline)))
+            first += images
             for _ in range(yields):
                 await asyncio.sleep(0)
-            if script[index][0] == "cancel":
+            if kind == "cancel":
                 tasks[-1].cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        for index, result in enumerate(results):
-            if isinstance(result, Answer):
-                assert value_of(result) == index
-            else:
-                assert isinstance(result, (asyncio.CancelledError, ScoringFailed))
-        assert value_of(await engine.judge(model, image(200), soon())) == 200
+        first = 0
+        for (kind, images, _), result in zip(script, results, strict=True):
+            values, first = range(first, first + images), first + images
+            if isinstance(result, BaseException):
+                assert (kind, type(result)) == ("cancel", asyncio.CancelledError)
+                continue
+            for value, one in zip(values, result, strict=True):
+                if isinstance(one, Answer):
+                    assert (value_of(one), kind in ("ask", "cancel")) == (value, True)
+                else:  # a batch with a failing image fails whole
+                    expected = DeadlinePassed if kind == "late" else ScoringFailed
+                    assert isinstance(one, expected) or (gate.failing and isinstance(one, ScoringFailed))
+        assert engine.depth == 0
+        assert value_of(await engine.judge(model, image(255), soon())) == 255
+        assert len(delivered) == len(set(delivered))
 
-    run(body)
+    def told(_: ServedModel, answers: Any) -> None:
+        delivered.extend(value_of(answer) for answer in answers)
+
+    run(body, max_batch=max_batch, capacity=1000, on_batch=told)
