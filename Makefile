@@ -6,13 +6,30 @@ MINUTES ?= 15
 # OpenMP threads that spin while waiting collapse beside a busy neighbour.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: serve test check bench bench-serving bench-drift fmt model dashboards image-test soak fuzz clean
+.PHONY: serve test test-ray check bench bench-serving bench-scaling bench-drift fmt model dashboards image-test soak fuzz clean
 
 serve: $(VENV)/.serve
 	$(BIN)/oodgate serve
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# oodgate on a real Ray, serving and fitting; Ray has an environment of its own, with the libraries of the other behind it.
+RAY := build/ray-venv
+test-ray: $(RAY)/.ready
+	$(RAY)/bin/python -m pytest -o filterwarnings=default -p no:cacheprovider tests/ray
+
+bench-scaling: $(RAY)/.ready
+	$(BIN)/python -m benchmarks.scaling.stages
+	$(RAY)/bin/python -m benchmarks.scaling.replicas
+	$(BIN)/python -m benchmarks.scaling.table
+
+$(RAY)/.ready: deploy/ray/requirements.txt $(VENV)/.dev
+	$(BIN)/python -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check -r deploy/ray/requirements.txt
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(RAY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz-shared.pth
+	touch $@
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

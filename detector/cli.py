@@ -25,6 +25,7 @@ from detector.cli_options import DEVICE, EXISTING, FILE, progress
 from detector.data import Dataset, Subset, batches, open_dataset
 from detector.detector import Detector
 from detector.errors import ImageError, OodgateError
+from detector.features import FitScores, fit_scores
 from detector.images import Preprocessing
 from detector.networks import load_network, parse_spec
 from detector.policy import Policy, Verdict
@@ -129,6 +130,13 @@ main.add_command(evaluate)
 @click.option("--per-class", is_flag=True, help="One threshold for each predicted class; needs --tune.")
 @click.option("--precision", "precisions", type=click.Choice(["fp32", "bf16"]), multiple=True, default=("fp32",))
 @click.option("--half-weights", is_flag=True, help="Round the weights to float16 first and store them so.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where the training images are passed over; ray: the cluster that RAY_ADDRESS names, else this machine.",
+)
 @TARGET
 @GUARANTEE
 @DELTA
@@ -153,6 +161,7 @@ def fit(
     per_class: bool,
     precisions: tuple[Precision, ...],
     half_weights: bool,
+    engine: Literal["local", "ray"],
     target: float | None,
     guarantee: Literal["pac", "marginal", "simultaneous"] | None,
     delta: float | None,
@@ -208,6 +217,7 @@ def fit(
             half_weights=half_weights,
             device=_device(device),
             source=str(calibration),
+            engine=_engine(engine),
             report=report,
             resumed=lambda done: click.echo(f"resuming at {done:,} of {len(training):,} images", err=True),
         )
@@ -330,6 +340,16 @@ def _scores(also: tuple[str, ...], *, tuned: bool) -> list[str]:
     everything = [name for name in fitting.FORWARD_SCORES if tuned or not registry()[name].tuned]
     asked = [name for each in also for name in (everything if each == "all" else [each])]
     return [*fitting.default_scores(tuned=tuned), *asked]
+
+
+def _engine(name: Literal["local", "ray"]) -> FitScores:
+    if name == "local":
+        return fit_scores
+    try:
+        from detector import fit_ray
+    except ImportError as error:
+        raise click.UsageError("--engine ray needs Ray: pip install 'oodgate[ray]'") from error
+    return fit_ray.fit_scores
 
 
 def _pixels(dataset: Dataset) -> Tensor:

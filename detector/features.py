@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -108,6 +109,22 @@ def collect(
     return Collected(concatenate(parts), dataset.labels, together)
 
 
+class FitScores(Protocol):
+    """`fit_scores`, or what does the same elsewhere."""
+
+    def __call__(
+        self,
+        names: Sequence[str],
+        backbone: Backbone,
+        dataset: Dataset,
+        options: FitOptions,
+        *,
+        workdir: Path | None = None,
+        report: Report = silent,
+        resumed: Report = silent,
+    ) -> tuple[dict[str, Score], Tensor]: ...
+
+
 def fit_scores(
     names: Sequence[str],
     backbone: Backbone,
@@ -134,8 +151,8 @@ def fit_scores(
     """
     classes = registry()
     scores = {name: classes[name](options) for name in names}
-    gatherers = _shared(scores.values())
-    progress = Progress(workdir, _fit_key(backbone, dataset, options, sorted(gatherers))) if workdir else None
+    gatherers = share_gatherers(scores.values())
+    progress = Progress(workdir, fit_key(backbone, dataset, options, sorted(gatherers))) if workdir else None
     done, ids = progress.load(gatherers) if progress else (0, torch.zeros(0, dtype=torch.int64))
     if done:
         resumed(done)
@@ -169,8 +186,12 @@ def tune_scores(scores: Mapping[str, Score], tuned: Collected) -> None:
         score.tune(tuned.outputs, labels)
 
 
-def _shared(scores: Iterable[Score]) -> dict[str, Gatherer]:
-    """Let scores that gather the same thing share one gatherer; all gatherers by name."""
+def share_gatherers(scores: Iterable[Score]) -> dict[str, Gatherer]:
+    """Let scores that gather the same thing share one gatherer.
+
+    Returns:
+        all gatherers by the name of their class.
+    """
     pool: dict[type[Gatherer], Gatherer] = {}
     for score in scores:
         score.gathered = {kind: pool.setdefault(kind, own) for kind, own in score.gathered.items()}
@@ -210,7 +231,8 @@ class Progress:
         partial.replace(self.path)
 
 
-def _fit_key(backbone: Backbone, dataset: Dataset, options: FitOptions, names: Sequence[str]) -> str:
+def fit_key(backbone: Backbone, dataset: Dataset, options: FitOptions, names: Sequence[str]) -> str:
+    """A digest of all that what is gathered depends on: network, images, labels, options, and what is gathered."""
     weights = hashlib.sha256()
     for name, value in sorted(backbone.module.state_dict().items()):
         weights.update(name.encode() + np.ascontiguousarray(value.detach().cpu().numpy()).tobytes())

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import decode
 from benchmarks.heat import table
 from benchmarks.readme import results
+from benchmarks.scaling import table as scaling
 from detector.errors import OodgateError
 from detector.scores import registry
 from service import Settings, create_app
@@ -77,6 +78,11 @@ def test_every_link_leads_somewhere(path: Path) -> None:
 
 def test_the_readmes_results_are_those_of_the_model() -> None:
     assert results() in README
+
+
+def test_the_scaling_page_shows_what_was_measured() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert all(measured() in page for measured in (scaling.stages, scaling.bank, scaling.replicas))
 
 
 def test_the_performance_page_shows_what_was_measured() -> None:

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write what was measured into docs/scaling.md.
+
+python -m benchmarks.scaling.table
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.readme import replaced
+
+DOCUMENT, RESULTS = Path("docs/scaling.md"), Path("benchmarks/scaling/results")
+ABLATIONS = Path("benchmarks/accuracy/results")
+IMAGENET, BILLION = 1_281_167, 1_000_000_000
+STAGES = {
+    "decode": "decode, 500 x 375 JPEG to 224 x 224",
+    "extract": "extract, ResNet-50 forward in float32",
+    "gather": "gather for five scores, without the mix-up",
+}
+
+
+def main() -> None:
+    text = DOCUMENT.read_text()
+    for name, written in (("stages", stages()), ("bank", bank()), ("replicas", replicas())):
+        text = replaced(text, name, written)
+    DOCUMENT.write_text(text)
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def stages() -> str:
+    measured = loaded(RESULTS / "stages.json")
+    cost, size = measured["core_seconds_per_image"], measured["bytes"]
+    rows = [
+        f"| {title} | {1000 * cost[name]:.2f} | {1 / cost[name]:,.0f} | {cost[name] * IMAGENET / 3600:.2f} "
+        f"| {cost[name] * BILLION / 3600:,.0f} |"
+        for name, title in STAGES.items()
+    ]
+    whole = sum(cost.values())
+    return "\n".join(
+        [
+            "| stage | core ms an image | images a core second | ImageNet-1K, core hours | 10^9 images, core hours |",
+            "|---|---:|---:|---:|---:|",
+            *rows,
+            f"| together | {1000 * whole:.2f} | {1 / whole:,.0f} | {whole * IMAGENET / 3600:.1f} "
+            f"| {whole * BILLION / 3600:,.0f} |",
+            "",
+            "| in memory | MB |",
+            "|---|---:|",
+            f"| peak of the measuring process, batches of 64 | {measured['peak_resident_bytes'] / 1e6:,.0f} |",
+            f"| a shard of 512 decoded images | {512 * size['decoded_image'] / 1e6:,.0f} |",
+            f"| class sums, 1,000 x 2,048 | {size['gathered_ClassSums'] / 1e6:,.0f} |",
+            f"| scatter, 2,048 x 2,048 | {size['gathered_Scatter'] / 1e6:,.0f} |",
+            f"| a bank of 10,000 features | {size['bank_of_10000_features'] / 1e6:,.0f} |",
+            f"| the mix-up's class sums at `layer1` | {size['class_sums_of_the_early_layer'] / 1e6:,.0f} |",
+            "",
+            conditions(measured),
+        ]
+    )
+
+
+def bank() -> str:
+    files = sorted(ABLATIONS.glob("ablations-*.json"))
+    curves = {path.stem.removeprefix("ablations-"): bank_curve(loaded(path)["rows"]) for path in files}
+    sizes = sorted(next(iter(curves.values())))
+    cells = {
+        size: [f"{100 * curve[size][group]:.2f}" for curve in curves.values() for group in ("near", "far")]
+        for size in sizes
+    }
+    return "\n".join(
+        [
+            f"| bank | {' | '.join(f'{name}, near | {name}, far' for name in curves)} |",
+            "|---:|" + "---:|" * (2 * len(curves)),
+            *(f"| {size:,} | {' | '.join(cells[size])} |" for size in sizes),
+        ]
+    )
+
+
+def bank_curve(rows: dict[str, dict[str, float]]) -> dict[int, dict[str, float]]:
+    """AUROC of `grood` by the size of the bank."""
+    found = ((re.fullmatch(r"`grood`, bank of ([\d,]+)", title), row) for title, row in rows.items())
+    return {int(match[1].replace(",", "")): row for match, row in found if match}
+
+
+def replicas() -> str:
+    measured = loaded(RESULTS / "replicas.json")
+    rates = {count: sorted(each) for count, each in measured["verdicts_per_second"].items()}
+    return "\n".join(
+        [
+            "| replicas, one core each | verdicts a second, median (least-most) |",
+            "|---|---:|",
+            *(f"| {n} | {median(each):,.0f} ({each[0]:,.0f}-{each[-1]:,.0f}) |" for n, each in rates.items()),
+            "",
+            f"Two against one: {measured['two_against_one']:.2f}. {measured['image']}, {measured['callers']} callers.",
+            conditions(measured),
+        ]
+    )
+
+
+def conditions(measured: dict[str, Any]) -> str:
+    """The versions and the machine of a result, in a line."""
+    machine = measured["machine"]
+    loads = machine["load_average"]
+    busy = f"{loads:.0f}" if isinstance(loads, float) else f"{min(loads):.0f} to {max(loads):.0f}"
+    versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
+    return f"{versions}; {machine['cores']} cores, load {busy} while measuring."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fit on a real Ray: the same scores as here, each image once, whatever dies. `make test-ray` runs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ray = pytest.importorskip("ray", reason="the extra `ray` is not installed; `make test-ray` brings it")
+
+from benchmarks.scaling.cluster import machine, workers  # noqa: E402
+from detector import Detector, features, fit, fit_ray  # noqa: E402
+from detector.backbone import Backbone  # noqa: E402
+from detector.data import Dataset, open_dataset  # noqa: E402
+from detector.errors import DataError  # noqa: E402
+from detector.features import FitScores, silent  # noqa: E402
+from detector.networks import CIFAR_PREPROCESSING  # noqa: E402
+from detector.scores import FitOptions, Score  # noqa: E402
+from tests.helpers import TOY_CLASSES, toy_dataset, toy_images, toy_network  # noqa: E402
+
+SHARDS = 4
+IMAGES = SHARDS * fit_ray.SHARD - 37  # the last shard is short, and its last batch too
+NAMES = ("grood", "mds", "vim", "knn", "nci")
+OPTIONS = FitOptions(num_classes=len(TOY_CLASSES), bank_size=200, mixup_images=40)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker has: another number of threads adds in another order
+    with machine(OODGATE_COMPILE="off"):
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    for index, (image, label) in enumerate(zip(*toy_images(IMAGES, seed=1), strict=True)):
+        (root / TOY_CLASSES[label]).mkdir(exist_ok=True)
+        Image.fromarray(image).save(root / TOY_CLASSES[label] / f"{index:05}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def dataset(folder: Path) -> Dataset:
+    return open_dataset(folder, CIFAR_PREPROCESSING, classes=TOY_CLASSES)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return Backbone(toy_network().module, CIFAR_PREPROCESSING)
+
+
+@pytest.fixture(scope="module")
+def local(backbone: Backbone, dataset: Dataset) -> tuple[dict[str, Score], torch.Tensor]:
+    return features.fit_scores(NAMES, backbone, dataset, OPTIONS)
+
+
+def gathered(scores: dict[str, Score]) -> dict[str, torch.Tensor]:
+    kinds = {kind.__name__: own for score in scores.values() for kind, own in score.gathered.items()}
+    return {f"{name}.{key}": value for name, own in kinds.items() for key, value in own.progress().items()}
+
+
+def assert_same(fitted: tuple[dict[str, Score], torch.Tensor], local: tuple[dict[str, Score], torch.Tensor]) -> None:
+    """Each image once and in order, every sum to ten digits, every row that was kept to the bit."""
+    assert torch.equal(fitted[1], local[1])
+    here, there = gathered(local[0]), gathered(fitted[0])
+    assert here.keys() == there.keys()
+    for name, value in here.items():
+        tolerance = 1e-10 if value.dtype == torch.float64 else 0.0
+        torch.testing.assert_close(there[name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_the_result_is_that_of_a_local_fit(
+    backbone: Backbone, dataset: Dataset, local: tuple[dict[str, Score], torch.Tensor]
+) -> None:
+    told: list[int] = []
+    fitted = fit_ray.fit_scores(NAMES, backbone, dataset, OPTIONS, report=told.append)
+    assert sum(told) == len(dataset) == IMAGES
+    assert_same(fitted, local)
+
+
+def test_a_whole_fit_decides_by_the_same_thresholds(dataset: Dataset, tmp_path: Path) -> None:
+    def fitted(engine: FitScores) -> Detector:
+        out = tmp_path / engine.__module__ / "1"
+        fit(toy_network(), dataset, toy_dataset(300, seed=2), out, options=OPTIONS, scores=["grood"], engine=engine)
+        return Detector.load(out, device="cpu", precision="fp32")
+
+    here, there = fitted(features.fit_scores), fitted(fit_ray.fit_scores)
+    assert [cut.value for cut in there.decider.thresholds] == [cut.value for cut in here.decider.thresholds]
+    prototypes = [detector.fitted["grood"].state()["prototypes"] for detector in (here, there)]
+    torch.testing.assert_close(prototypes[1], prototypes[0], rtol=1e-10, atol=1e-10)
+
+
+def test_a_worker_that_dies_costs_no_image_and_counts_none_twice(
+    backbone: Backbone, dataset: Dataset, local: tuple[dict[str, Score], torch.Tensor]
+) -> None:
+    killed: list[int] = []
+
+    def kill_the_worker(_: int) -> None:
+        if not killed:
+            killed.append(workers("MapWorker")[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    fitted = fit_ray.fit_scores(NAMES, backbone, dataset, OPTIONS, report=kill_the_worker)
+    assert killed
+    assert_same(fitted, local)
+
+
+@pytest.mark.parametrize("engine", [fit_ray.fit_scores, features.fit_scores], ids=["ray", "local"])
+def test_a_fit_that_was_interrupted_goes_on_where_it_stopped(
+    engine: FitScores,
+    backbone: Backbone,
+    dataset: Dataset,
+    local: tuple[dict[str, Score], torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fit_ray, "KEEP_EVERY", 1)
+
+    class Interrupted(Exception): ...
+
+    def interrupt(_: int) -> None:
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fit_ray.fit_scores(NAMES, backbone, dataset, OPTIONS, workdir=tmp_path, report=interrupt)
+    resumed: list[int] = []
+    fitted = engine(NAMES, backbone, dataset, OPTIONS, workdir=tmp_path, report=silent, resumed=resumed.append)
+    assert resumed == [fit_ray.SHARD]
+    assert_same(fitted, local)
+
+
+def test_a_shard_that_comes_twice_is_refused(
+    backbone: Backbone, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = fit_ray._shards
+
+    def twice(*arguments: object, **options: object) -> Iterator[fit_ray.Row]:
+        for shard in shards(*arguments, **options):  # type: ignore[arg-type]
+            yield shard
+            yield shard
+
+    monkeypatch.setattr(fit_ray, "_shards", twice)
+    with pytest.raises(DataError, match="were due"):
+        fit_ray.fit_scores(["mds"], backbone, dataset, OPTIONS)
+
+
+def test_an_image_that_cannot_be_read_is_named(backbone: Backbone, tmp_path: Path) -> None:
+    (tmp_path / TOY_CLASSES[0]).mkdir()
+    broken = tmp_path / TOY_CLASSES[0] / "broken.png"
+    broken.write_bytes(b"junk")
+    dataset = open_dataset(tmp_path, CIFAR_PREPROCESSING, classes=TOY_CLASSES)
+    with pytest.raises(DataError, match=r"broken\.png.*Remove the file"):
+        fit_ray.fit_scores(["mds"], backbone, dataset, OPTIONS)
