@@ -60,7 +60,7 @@ def of_sdk(kind: str) -> Schema:
         if name not in definitions:
             model = next((getattr(module, name) for module in modules if hasattr(module, name)), None)
             definitions[name] = {"type": "object"}
-            if hasattr(model, "model_json_schema"):  # the classes of Kubernetes itself
+            if model is not None and hasattr(model, "model_json_schema"):  # the classes of Kubernetes itself
                 made = strict(model.model_json_schema(by_alias=True))
                 definitions.update(made.pop("$defs", {}))
                 definitions[name] = made
