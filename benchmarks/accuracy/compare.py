@@ -27,6 +27,7 @@ from detector.backbone import Backbone
 from detector.evaluation import auroc
 from detector.features import Collected, collect
 from detector.scores import FitOptions, registry
+from detector.scores.nearest import neighbours
 
 RESULTS = Path(__file__).parent / "results"
 OURS = ("msp", "max_logit", "energy", "gen", "react", "scale", "knn", "mds", "rmds", "vim", "fdbd", "nci")
@@ -61,7 +62,9 @@ def compare(backbone: Backbone, sets: Sets, names: tuple[str, ...], theirs_only:
         "ours": _rows(our_scores(backbone, train, measured, names)),
         "ours_their_way": _rows(our_scores_their_way(train.outputs, fitted_on[1], outputs, names)),
     }
-    for side, parameters in (("aligned", ALIGNED), ("defaults", DEFAULTS)):
+    bank = min(len(sets.train), FitOptions(num_classes=backbone.num_classes).bank_size or len(sets.train))
+    aligned = ALIGNED | {"knn": {"k": neighbours(bank, backbone.num_classes)}}
+    for side, parameters in (("aligned", aligned), ("defaults", DEFAULTS)):
         wanted = (*names, *theirs_only)
         sides[side] = _rows(rival_scores(*fitted_on, *last, features, parameters=parameters, names=wanted))
     groups = {"near": tuple(sets.near), "far": tuple(sets.far)}

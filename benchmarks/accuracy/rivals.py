@@ -33,7 +33,7 @@ Values = NDArray[np.float64]
 CELLS = 2**25  # DICE holds images x classes x features at a time
 FORMS = {"LogitsDetector": "logits", "FeaturesDetector": "features", "FeatureMapsDetector": "feature_maps"}
 
-# The parameters of OpenOOD, which are ours too. KNN's k is 50 everywhere.
+# The parameters of OpenOOD, which are ours too. KNN's k depends on the bank; see `compare`.
 ALIGNED: dict[str, dict[str, Any]] = {
     "gen": {"M": 100},
     "react": {"percentile": 0.90},

@@ -36,8 +36,7 @@ class Knn(Score):
     bank: Tensor
 
     def _attach(self, backbone: Backbone) -> None:
-        rows_per_class = len(self.bank) // backbone.num_classes
-        self.neighbours = max(1, min(NEIGHBOURS, rows_per_class // PER_CLASS))
+        self.neighbours = neighbours(len(self.bank), backbone.num_classes)
 
     def _fit(self, backbone: Backbone) -> State:
         return {"bank": unit_rows(self.got(Features).features()).float()}
@@ -50,6 +49,11 @@ class Knn(Score):
         _, found = smallest(products(self.bank, -queries.float()), self.neighbours)
         distance: Tensor = torch.linalg.vector_norm(queries - self.bank[found[-1]].double(), dim=1)
         return distance
+
+
+def neighbours(rows: int, classes: int) -> int:
+    """k for a bank of so many rows, balanced over so many classes."""
+    return max(1, min(NEIGHBOURS, rows // classes // PER_CLASS))
 
 
 def unit_rows(rows: Tensor) -> Tensor:
