@@ -251,6 +251,8 @@ class Engine:
                     self._fail(self._in_hand, EngineLost())  # those that have their answer keep it
                     self._in_hand, self._running = [], None
                     if len(lost) == MOST_RESTARTS and time.monotonic() - lost[0] < RESTART_WINDOW_S:
+                        with self._changed:
+                            self._ended = True  # before it is told
                         log.critical("too many restarts: the inference thread ends")
                         return
                     lost.append(time.monotonic())

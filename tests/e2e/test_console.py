@@ -192,10 +192,10 @@ def test_axe_finds_nothing_serious_and_nothing_overflows(
 
 def test_the_tabs_follow_the_arrow_keys(browser: Browser) -> None:
     browser.find("#tab-try").send_keys(Keys.ARROW_RIGHT)
-    assert browser.find("#tab-monitor").get_attribute("aria-selected") == "true"
+    browser.until(lambda: browser.find("#tab-monitor").get_attribute("aria-selected") == "true")
     assert browser.driver.switch_to.active_element.get_attribute("id") == "tab-monitor"
     browser.driver.switch_to.active_element.send_keys(Keys.END)
-    assert browser.find("#model").is_displayed()
+    browser.until(browser.find("#model").is_displayed)
 
 
 def test_nothing_is_asked_of_others_and_the_console_has_no_errors(browser: Browser, server: Process) -> None:

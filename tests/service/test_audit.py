@@ -43,9 +43,9 @@ def test_a_rotation_that_fails_loses_counted_lines_until_it_succeeds(tmp_path: P
     audit.write({"n": 1})
     while not lost.is_set():
         audit.write({"n": 2})
+    (tmp_path / "audit.jsonl.1").rmdir()  # first: without what is in its way, it would be set aside itself
     (tmp_path / "audit.jsonl.2" / "kept").unlink()
     (tmp_path / "audit.jsonl.2").rmdir()
-    (tmp_path / "audit.jsonl.1").rmdir()
     audit.write({"n": 3})
     audit.close()
     assert 3 in lines(tmp_path)
