@@ -172,7 +172,7 @@ def fit(
     """Fit OOD scores to your own classifier and calibrate the one that decides.
 
     TRAIN holds the images it was trained on: one folder for each class, or an .npz with `images` and `labels`.
-    A fit that is interrupted goes on where it stopped.
+    A fit keeps its progress every 5,000 images; one that was interrupted goes on from there.
     """
     module, spec, stated = load_network(parse_spec(backbone), weights)
     prepared = _preprocessing(stated, preprocessing)

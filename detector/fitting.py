@@ -24,6 +24,7 @@ from detector.images import Preprocessing
 from detector.networks import NetworkSpec, export_network
 from detector.policy import Grouping, Policy
 from detector.scores import FitOptions, Fusion, registry
+from detector.scores.lowdim_full import chosen_parameters
 
 PUBLISHED = ("grood", "grood_norm")
 # All that need nothing beyond the forward pass, without the product family, whose members the others cover.
@@ -112,6 +113,7 @@ def fit(
     accuracy = check_class_order(backbone, train, class_names)
     backbone.check_resume(torch.from_numpy(next(batches(train, 8)).images))
     options = replace(options or FitOptions(), num_classes=backbone.num_classes)
+    _refuse_options(options, backbone, names)
     workdir = out.with_name(f"{out.name}.fit.partial")
     fitted, fit_ids = engine(names, backbone, train, options, workdir=workdir, report=report, resumed=resumed)
     splits = {"fit": sorted_ids(fit_ids)}
@@ -253,6 +255,14 @@ def _refuse_mixed_classes(confusion: NDArray[np.int64], class_names: Sequence[st
             f"the labels do not follow the order of the network's outputs: {'; '.join(told[:5])}. "
             "Give the names in the order of the outputs with --classes FILE"
         )
+
+
+def _refuse_options(options: FitOptions, backbone: Backbone, names: Sequence[str]) -> None:
+    """What a score would say after the whole pass over the training images, said before it."""
+    if options.generator == "images" and options.ood_images is None:
+        raise ScoreError("the generator `images` needs images: pass FitOptions(ood_images=...) or --ood-images PATH")
+    if any(registry()[name].backward for name in names):
+        chosen_parameters(backbone, options.lowdim_parameters)
 
 
 def _refuse_early(

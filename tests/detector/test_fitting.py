@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -428,3 +429,25 @@ def test_an_unknown_generator_is_refused() -> None:
     backbone = Backbone(toy_network().module, CIFAR_PREPROCESSING)
     with pytest.raises(ScoreError, match="no generator 'gauss'"):
         fit_scores(["grood_norm"], backbone, toy_dataset(100, 1), replace(OPTIONS, generator="gauss"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"generator": "images"}, "--ood-images"), ({"lowdim_parameters": ("nosuch",)}, "no parameter 'nosuch'")],
+)
+def test_an_option_that_cannot_be_met_is_refused_before_the_images_are_passed_over(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    done: list[int] = []
+    options = FitOptions(num_classes=len(TOY_CLASSES), bank_size=200, mixup_images=40, **change)
+    with pytest.raises(ScoreError, match=message):
+        fit(
+            toy_network(),
+            toy_dataset(300, seed=1),
+            toy_dataset(300, seed=2),
+            tmp_path / "toy" / "1",
+            scores=("grood", "lowdim"),
+            options=options,
+            report=done.append,
+        )
+    assert done == []
