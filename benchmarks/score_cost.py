@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each score adds to the forward pass of the default model at batch 32, interleaved, as a share of the forward.
+"""What each score adds to the forward pass of the default model at batch 32, interleaved, as a share of the forward,
+in each precision.
 
     python -m benchmarks.score_cost
 
@@ -14,10 +15,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from detector import Detector
+from detector.artifact import read_manifest
 from detector.backbone import Outputs
 from detector.scores import score_all
 
@@ -26,7 +29,20 @@ BATCH, ROUNDS, WARM = 32, 40, 5
 
 
 def main() -> None:
-    detector = Detector.load(MODEL)
+    manifest = read_manifest(MODEL)
+    result = {
+        "model": manifest.model_digest,
+        "batch": BATCH,
+        "rounds": ROUNDS,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        **{precision: _shares(Detector.load(MODEL, precision=precision)) for precision in manifest.precisions},
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def _shares(detector: Detector) -> dict[str, Any]:
     images = torch.randint(0, 256, (BATCH, *detector.backbone.input_shape), dtype=torch.uint8)
     outputs = detector.backbone.outputs(images)
     rounds = [_round(detector, images, outputs) for _ in range(WARM + ROUNDS)][WARM:]
@@ -35,17 +51,10 @@ def main() -> None:
         name: statistics.median(one[name] / whole for one, whole in zip(rounds, forward, strict=True))
         for name in rounds[0]
     }
-    result = {
-        "model": detector.manifest.model_digest,
-        "batch": BATCH,
-        "rounds": ROUNDS,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+    return {
         "forward_ms": 1e3 * statistics.median(forward),
         "share_of_forward": dict(sorted(shares.items(), key=lambda item: -item[1])),
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
 
 
 def _round(detector: Detector, images: torch.Tensor, outputs: Outputs) -> dict[str, float]:
