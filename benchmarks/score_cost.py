@@ -30,7 +30,7 @@ BATCH, ROUNDS, WARM = 32, 40, 5
 
 def main() -> None:
     manifest = read_manifest(MODEL)
-    result = {
+    result: dict[str, Any] = {
         "model": manifest.model_digest,
         "batch": BATCH,
         "rounds": ROUNDS,
