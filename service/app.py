@@ -162,7 +162,8 @@ def _chores(
             for _ in range(SAVE_EVERY_S):
                 await asyncio.sleep(1)
                 watch.refresh()
-            watch.save()
+            for write in watch.writes():
+                await asyncio.to_thread(write)
 
     yield measure_lag()
     yield refresh_drift()

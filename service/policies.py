@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from detector.policy import Policy
-from service.errors import StateUnwritable
+from service.state import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +58,4 @@ class Policies:
             StateUnwritable: the state folder cannot be written.
         """
         stored = StoredPolicy(policy=policy, model_digest=model_digest, changed=time.time(), changed_by=changed_by)
-        path = self._directory / f"{name}.json"
-        partial = path.with_suffix(".partial")
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            with partial.open("w") as file:
-                file.write(stored.model_dump_json(indent=1))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError as error:
-            raise StateUnwritable(path, error) from error
+        write_whole(self._directory / f"{name}.json", stored.model_dump_json(indent=1))

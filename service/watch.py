@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +24,7 @@ from service.engine import ServedModel
 from service.errors import DriftStateMismatch, StateUnwritable
 from service.metrics import Metrics
 from service.settings import Settings
+from service.state import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +89,7 @@ class Watch:
         """Watch a model no more; what its tests know is kept."""
         stream = self._streams.pop(name)
         self._feed(stream)
-        self._save(name, stream)
+        write_whole(self._path(name), _states(stream))
 
     def saw(self, model: ServedModel, verdict: Verdict, source: str) -> None:
         """Take note of one verdict.
@@ -134,16 +137,18 @@ class Watch:
         for drift in stream.drifts:
             drift.reset(test)
         self._show(stream)
-        self._save(name, stream)
+        write_whole(self._path(name), _states(stream))
+
+    def writes(self) -> list[Callable[[], None]]:
+        """What puts on disk what the tests know now, one for each model; for any thread, since a disk may be slow."""
+        for stream in self._streams.values():
+            self._feed(stream)
+        return [partial(_kept, self._path(name), _states(stream)) for name, stream in self._streams.items()]
 
     def save(self) -> None:
         """Put what the tests know on disk; a failure is told in the log and costs a restart its memory, no more."""
-        for name, stream in self._streams.items():
-            self._feed(stream)
-            try:
-                self._save(name, stream)
-            except StateUnwritable as error:
-                log.error("%s", error)
+        for write in self.writes():
+            write()
 
     def _feed(self, stream: _Stream) -> None:
         if not stream.waiting:
@@ -159,7 +164,7 @@ class Watch:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            stored: dict[str, Any] = json.loads((self._directory / f"{name}.json").read_bytes())
+            stored: dict[str, Any] = json.loads(self._path(name).read_bytes())
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
@@ -167,15 +172,19 @@ class Watch:
             return {}
         return stored if isinstance(stored, dict) else {}
 
-    def _save(self, name: str, stream: _Stream) -> None:
-        path = self._directory / f"{name}.json"
-        partial = path.with_suffix(".partial")
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps({drift.reference.group: drift.state() for drift in stream.drifts}))
-            os.replace(partial, path)
-        except OSError as error:
-            raise StateUnwritable(path, error) from error
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}.json"
+
+
+def _states(stream: _Stream) -> str:
+    return json.dumps({drift.reference.group: drift.state() for drift in stream.drifts})
+
+
+def _kept(path: Path, states: str) -> None:
+    try:
+        write_whole(path, states)
+    except StateUnwritable as error:
+        log.error("%s", error)
 
 
 def _resumed(name: str, stored: Any, reference: Reference) -> Drift:
