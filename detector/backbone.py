@@ -66,6 +66,11 @@ class Outputs:
             None if self.inputs is None else self.inputs[index],
         )
 
+    @property
+    def features(self) -> Tensor:
+        """`penultimate` in float64 [N, D]."""
+        return self.once("features", self.penultimate.double)
+
     def with_ids(self, ids: Tensor) -> Outputs:
         return replace(self, ids=ids)
 

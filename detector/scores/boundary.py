@@ -30,8 +30,11 @@ class CentredScore(Score):
     def _fit(self, backbone: Backbone) -> State:
         return {"mean": self.got(ClassSums).mean().float()}
 
+    def _attach(self, backbone: Backbone) -> None:
+        self._mean = self.mean.double()
+
     def _distance(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        centred = features.double() - self.mean.double()
+        centred = features - self._mean
         return centred, torch.linalg.vector_norm(centred, dim=1).clamp_min(TINY)
 
 
@@ -42,6 +45,7 @@ class Fdbd(CentredScore):
     name: ClassVar[str] = "fdbd"
 
     def _attach(self, backbone: Backbone) -> None:
+        super()._attach(backbone)
         weight = backbone.weight.double()
         self._between = exact_distances(weight, weight).clamp_min(TINY)
 
@@ -49,7 +53,7 @@ class Fdbd(CentredScore):
         logits = outputs.logits.double()
         largest, predicted = logits.max(dim=1)
         margins = (largest[:, None] - logits) / self._between[predicted]  # zero for the predicted class itself
-        _, distance = self._distance(outputs.penultimate)
+        _, distance = self._distance(outputs.features)
         return -margins.sum(dim=1) / max(1, logits.shape[1] - 1) / distance
 
 
@@ -60,10 +64,11 @@ class Nci(CentredScore):
     name: ClassVar[str] = "nci"
 
     def _attach(self, backbone: Backbone) -> None:
+        super()._attach(backbone)
         self._weight = backbone.weight.double()
 
     def _score(self, outputs: Outputs) -> Tensor:
         predicted = outputs.logits.argmax(dim=1)
-        centred, distance = self._distance(outputs.penultimate)
+        centred, distance = self._distance(outputs.features)
         aligned = (self._weight[predicted] * centred).sum(dim=1) / distance
-        return -(aligned + NCI_ALPHA * outputs.penultimate.double().abs().sum(dim=1))
+        return -(aligned + NCI_ALPHA * outputs.features.abs().sum(dim=1))

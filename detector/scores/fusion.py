@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import ndtri
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from detector.backbone import Backbone, Outputs
 from detector.errors import ScoreError
@@ -54,12 +55,6 @@ class NormalMap:
 
     def __init__(self, scores: Tensor, normal: Tensor, slopes: Tensor) -> None:
         self.scores, self.normal, self.slopes = scores, normal, slopes
-        # Line i is the one for values with i scores at or below them: where it starts, and how it rises over its run.
-        one = scores.new_ones(1)
-        starts = torch.stack([torch.cat([part[:1], part]) for part in (scores, normal)], dim=1)
-        runs = torch.cat([one, scores.diff(), one])
-        rises = torch.cat([slopes[:1], normal.diff(), slopes[1:]])
-        self._lines = torch.column_stack([starts, runs, rises])
 
     @classmethod
     def fit(cls, tune: NDArray[np.float64]) -> NormalMap:
@@ -70,16 +65,36 @@ class NormalMap:
         slopes = [_slope(scores, normal, part) for part in _tails(len(scores))]
         return cls(*(torch.from_numpy(np.asarray(part, dtype=np.float64)) for part in (scores, normal, slopes)))
 
-    def __call__(self, values: Tensor) -> Tensor:
-        """z, float64 [N], of scores float64 [N]."""
-        start, normal, run, rise = self._lines[torch.searchsorted(self.scores, values, right=True)].unbind(dim=1)
-        return normal + (values - start) / run * rise
+    def lines(self) -> Tensor:
+        """Float64 [K + 1, 4]: line i, for values with i scores at or below them, starts, and rises over its run."""
+        one = self.scores.new_ones(1)
+        starts = torch.stack([torch.cat([part[:1], part]) for part in (self.scores, self.normal)], dim=1)
+        runs = torch.cat([one, self.scores.diff(), one])
+        rises = torch.cat([self.slopes[:1], self.normal.diff(), self.slopes[1:]])
+        return torch.column_stack([starts, runs, rises])
 
     def state(self) -> State:
         return {"scores": self.scores, "normal": self.normal, "slopes": self.slopes}
 
     def to(self, device: torch.device) -> NormalMap:
         return NormalMap(self.scores.to(device), self.normal.to(device), self.slopes.to(device))
+
+
+class NormalMaps:
+    """Maps of several members, applied in one step: each small operation costs more than its arithmetic."""
+
+    def __init__(self, maps: Sequence[NormalMap]) -> None:
+        self._scores = pad_sequence([one.scores for one in maps], batch_first=True, padding_value=torch.inf)
+        self._last = torch.tensor([[len(one.scores)] for one in maps], device=self._scores.device)
+        lines = pad_sequence([one.lines() for one in maps], batch_first=True)
+        self._lines = lines.flatten(0, 1)
+        self._first = torch.arange(len(maps), device=lines.device)[:, None] * lines.shape[1]
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """z of scores, float64 [members, N] both."""
+        line = torch.searchsorted(self._scores, values, right=True).minimum(self._last)
+        start, normal, run, rise = self._lines[self._first + line].unbind(dim=2)
+        return normal + (values - start) / run * rise
 
 
 @register
@@ -97,6 +112,7 @@ class Fusion(Score):
     def __init__(self, options: FitOptions) -> None:
         super().__init__(options)
         self.maps: dict[str, NormalMap] = {}
+        self._together: NormalMaps | None = None
         self._scores: dict[str, Score] = {}
         self._device = torch.device("cpu")
 
@@ -109,23 +125,26 @@ class Fusion(Score):
         return self
 
     def tune(self, outputs: Outputs, labels: Tensor) -> Self:
-        self.maps = {
-            name: NormalMap.fit(score.score(outputs).cpu().numpy()).to(self._device)
-            for name, score in self._scores.items()
-        }
-        return self
+        return self._use(
+            {name: NormalMap.fit(score.score(outputs).cpu().numpy()) for name, score in self._scores.items()}
+        )
 
     def combine(self, values: Mapping[str, Tensor]) -> Tensor:
         """The fused score, float64 [N], from the members' scores float64 [N]; ScoreError before `tune`."""
-        if not self.maps:
+        if self._together is None:
             raise ScoreError(f"{self.name} needs a tune split: in-distribution images that nothing else was fitted on")
-        return torch.stack([self.maps[name](values[name]) for name in self.maps]).mean(dim=0)
+        return self._together(torch.stack([values[name] for name in self.maps])).mean(dim=0)
 
     def _score(self, outputs: Outputs) -> Tensor:
         return self.combine({name: score.score(outputs) for name, score in self._scores.items()})
 
     def _attach(self, backbone: Backbone) -> None:
         self._device = backbone.device
+
+    def _use(self, maps: Mapping[str, NormalMap]) -> Self:
+        self.maps = {name: one.to(self._device) for name, one in maps.items()}
+        self._together = NormalMaps([*self.maps.values()])
+        return self
 
     def state(self) -> State:
         return {
@@ -139,13 +158,12 @@ class Fusion(Score):
         score = cls(FitOptions(num_classes=backbone.num_classes))
         score._attach(backbone)
         names = sorted({(int(key.split(".")[0]), key.split(".")[1]) for key in state})
-        score.maps = {
-            name: NormalMap(*(state[f"{index}.{name}.{key}"] for key in ("scores", "normal", "slopes"))).to(
-                backbone.device
-            )
-            for index, name in names
-        }
-        return score
+        return score._use(
+            {
+                name: NormalMap(*(state[f"{index}.{name}.{key}"] for key in ("scores", "normal", "slopes")))
+                for index, name in names
+            }
+        )
 
 
 def _tails(distinct: int) -> tuple[slice, slice]:

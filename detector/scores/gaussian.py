@@ -68,7 +68,7 @@ class Mds(Score):
         self._centres = self.prototypes.double() @ self._transform
 
     def _score(self, outputs: Outputs) -> Tensor:
-        return exact_distances(outputs.penultimate.double() @ self._transform, self._centres).amin(dim=1).square()
+        return exact_distances(outputs.features @ self._transform, self._centres).amin(dim=1).square()
 
 
 @register
@@ -88,7 +88,7 @@ class Rmds(Mds):
         return super()._fit(backbone) | {"background": self._background().float(), "mean": mean.float()}
 
     def _score(self, outputs: Outputs) -> Tensor:
-        centred = outputs.penultimate.double() - self.mean.double()
+        centred = outputs.features - self.mean.double()
         return super()._score(outputs) - (centred @ self.background.double()).square().sum(dim=1)
 
 
@@ -126,7 +126,5 @@ class Vim(Score):
         self._origin, self._residual = self.origin.double(), self.residual.double()
 
     def _score(self, outputs: Outputs) -> Tensor:
-        outside: Tensor = torch.linalg.vector_norm(
-            (outputs.penultimate.double() - self._origin) @ self._residual, dim=1
-        )
+        outside: Tensor = torch.linalg.vector_norm((outputs.features - self._origin) @ self._residual, dim=1)
         return self.alpha.double() * outside - energy(outputs.logits)

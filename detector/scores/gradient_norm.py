@@ -88,7 +88,7 @@ class Rg(Score):
         return {"clip": clip.float(), "norm": _l1(features.double().clamp_max(clip)).mean().float()}
 
     def _score(self, outputs: Outputs) -> Tensor:
-        strength = _l1(outputs.penultimate.double().clamp_max(self.clip.double()))
+        strength = _l1(outputs.features.clamp_max(self.clip.double()))
         free_energy = energy(outputs.logits)
         inverse = self.norm.double().square() / strength.clamp_min(torch.finfo(torch.float32).tiny)
         return -free_energy * torch.where(free_energy > 0, strength, inverse)

@@ -24,7 +24,7 @@ from detector.backbone import Backbone, Outputs
 from detector.errors import ScoreError
 from detector.scores.base import Gatherer, Score, State, register
 from detector.scores.gather import ClassSums, CorrectFeatures, EarlyMaps, Scatter
-from detector.scores.nearest import CHUNK_CELLS, close, exact_distances, products
+from detector.scores.nearest import CHUNK_CELLS, close, exact_distances, in_parts, products
 
 ROUNDING = 1e-5  # of a squared distance in float32, in units of the squared gradient
 LONGEST = 1e8  # of a gradient of the bank, in units of an image's; one so long is never the nearest
@@ -109,13 +109,13 @@ class GroodFamily(Score):
         """Features in the space of the prototypes, [N, D], and distances to the prototypes and the last, [N, C + 1]."""
 
         def place() -> tuple[Tensor, Tensor]:
-            h = self._compared(outputs.penultimate)
+            h = self._compared(outputs.features)
             return h, exact_distances(h, self._anchors)
 
         return outputs.once(self._space, place)
 
     def _compared(self, features: Tensor) -> Tensor:
-        return features.double()
+        return features
 
 
 class Whitened(GroodFamily):
@@ -179,7 +179,7 @@ class Whitened(GroodFamily):
         self._transform = self.whitening.double()
 
     def _compared(self, features: Tensor) -> Tensor:
-        return features.double() @ self._transform
+        return features @ self._transform
 
 
 @register
@@ -207,39 +207,35 @@ class Grood(GroodFamily):
         norms = (largest[:, 0] * torch.linalg.vector_norm(self.bank / largest, dim=1)).clamp_min(tiny).double()
         self._bank_directions = self.bank.div(norms.to(self.bank.dtype)[:, None]).float()
         self._bank_log_pi = norms.log()
-        self._longest = self._bank_log_pi.max()
+        self._shortest, self._longest = self._bank_log_pi.aminmax()
         lengths = (self._bank_log_pi - self._longest).exp()[:, None]
         self._bank_lengths = lengths.float() if float(lengths.min()) > SAFE_NORM else lengths
 
     def _score(self, outputs: Outputs) -> Tensor:
-        queries = max(1, CHUNK_CELLS // len(self.bank))
-        parts = zip(*(torch.split(part, queries) for part in self._placed(outputs)), strict=True)
-        return torch.cat([self._nearest(*_gradient(h, self._anchors[-1], distances)) for h, distances in parts])
+        h, distances = self._placed(outputs)
+        return in_parts(self._nearest, CHUNK_CELLS // len(self.bank), *_gradient(h, self._anchors[-1], distances))
 
     def _nearest(self, direction: Tensor, log_pi: Tensor) -> Tensor:
         # The nearest is no farther than ||g|| + the shortest gradient of the bank; in units of the longer of the two,
         # nothing that matters overflows or vanishes in float32, and ||g - b||^2 = own^2 + theirs^2 - 2 own theirs cos.
-        unit = torch.maximum(log_pi, self._bank_log_pi.min())
-        own = (log_pi - unit).exp()[:, None]
+        unit = torch.maximum(log_pi, self._shortest)
+        own = (log_pi - unit).exp()[:, None] * direction
         theirs = (self._bank_lengths * (self._longest - unit).exp().to(self._bank_lengths)).float().clamp_max_(LONGEST)
-        key = products(self._bank_directions, (-2 * own * direction).float()).add_(theirs).mul_(theirs)
+        key = products(self._bank_directions, (-2 * own).float()).add_(theirs).mul_(theirs)
         # Whatever float32 cannot tell from the nearest is measured in float64.
-        nearest = torch.full_like(log_pi, torch.inf)
-        cells = max(1, CHUNK_CELLS // direction.shape[1])
-        for row, query in zip(*(torch.split(part, cells) for part in close(key, 2 * ROUNDING)), strict=True):
-            found = self._exact(direction[query], log_pi[query], unit[query], row[:, None])
-            nearest.scatter_reduce_(0, query, found, "amin")
-        return nearest * unit.exp()
+        row, query = close(key, 2 * ROUNDING)
+        found = in_parts(
+            lambda row, query: self._distance(own[query], unit[query], row), CHUNK_CELLS // own.shape[1], row, query
+        )
+        return torch.full_like(log_pi, torch.inf).scatter_reduce_(0, query, found, "amin") * unit.exp()
 
-    def _exact(self, direction: Tensor, log_pi: Tensor, unit: Tensor, candidates: Tensor) -> Tensor:
-        """Distance to the nearest of some bank rows, float64, in units of exp(unit)."""
-        own = (log_pi - unit).exp()[:, None, None] * direction[:, None]
-        length = (self._bank_log_pi[candidates] - unit[:, None]).clamp_max(300).exp()
-        stored = self.bank[candidates].double()
-        norms = self._bank_log_pi[candidates].exp()
-        theirs = stored / norms[..., None] * length[..., None]
-        distance: Tensor = torch.linalg.vector_norm(own - theirs, dim=2)
-        return distance.amin(dim=1)
+    def _distance(self, own: Tensor, unit: Tensor, row: Tensor) -> Tensor:
+        """Distances, float64 [P], of gradients [P, D] to a row int64 [P] of the bank each, in units of exp(unit)."""
+        log_pi = self._bank_log_pi[row]
+        length = (log_pi - unit).clamp_max_(300).exp_()
+        theirs = self.bank[row].double().div_(log_pi.exp_()[:, None]).mul_(length[:, None])
+        distance: Tensor = torch.linalg.vector_norm(own - theirs, dim=1)
+        return distance
 
 
 @register

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -42,10 +43,10 @@ class Knn(Score):
         return {"bank": unit_rows(self.got(Features).features()).float()}
 
     def _score(self, outputs: Outputs) -> Tensor:
-        queries = max(1, CHUNK_CELLS // len(self.bank))
-        return torch.cat([self._kth(unit_rows(part)) for part in torch.split(outputs.penultimate, queries)])
+        return in_parts(self._kth, CHUNK_CELLS // len(self.bank), outputs.features)
 
-    def _kth(self, queries: Tensor) -> Tensor:
+    def _kth(self, features: Tensor) -> Tensor:
+        queries = unit_rows(features)
         _, found = smallest(products(self.bank, -queries.float()), self.neighbours)
         distance: Tensor = torch.linalg.vector_norm(queries - self.bank[found[-1]].double(), dim=1)
         return distance
@@ -59,6 +60,14 @@ def neighbours(rows: int, classes: int) -> int:
 def unit_rows(rows: Tensor) -> Tensor:
     """Rows scaled to length one, float64; a row of zeros stays."""
     return torch.nn.functional.normalize(rows.double(), dim=1, eps=1e-10)
+
+
+def in_parts(work: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
+    """`work` on at most so many rows of the tensors at a time, its results [rows, ...] joined."""
+    if len(tensors[0]) <= size:
+        return work(*tensors)
+    parts = zip(*(torch.split(tensor, max(1, size)) for tensor in tensors), strict=True)
+    return torch.cat([work(*part) for part in parts])
 
 
 def products(rows: Tensor, queries: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class React(HeadScore):
         return {"clip": clip_level(self.got(Features).features()).float()}
 
     def _score(self, outputs: Outputs) -> Tensor:
-        return -self._energy(outputs.penultimate.double().clamp_max(self.clip.double()))
+        return -self._energy(outputs.features.clamp_max(self.clip.double()))
 
 
 @register
@@ -52,7 +52,7 @@ class Scale(HeadScore):
     name: ClassVar[str] = "scale"
 
     def _score(self, outputs: Outputs) -> Tensor:
-        h = outputs.penultimate.double()
+        h = outputs.features
         kept = max(1, h.shape[1] - round(h.shape[1] * SCALE_PERCENTILE / 100))
         total, largest = h.sum(dim=1), h.topk(kept, dim=1).values.sum(dim=1)
         # Features that are all zero have no ratio; features of both signs can have any, and exp must stay finite.

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from detector.backbone import Backbone, Outputs
@@ -18,7 +19,7 @@ from detector.evaluation import auroc
 from detector.features import bind
 from detector.images import image_ids
 from detector.scores import FitOptions, Score, registry
-from detector.scores.fusion import Fusion, NormalMap
+from detector.scores.fusion import Fusion, NormalMap, NormalMaps
 from tests.helpers import TOY_CLASSES, toy_images, toy_network
 
 CLASSES = len(TOY_CLASSES)
@@ -559,23 +560,28 @@ def test_a_fusion_of_one_member_ranks_as_the_member_does(
             assert auroc(one.score(held_out[0]).numpy(), one.score(strange).numpy()) == member
 
 
+def normal_scores(tune: NDArray[np.float64]) -> Callable[[ArrayLike], Tensor]:
+    """The map fitted on tune scores, beside one of another size."""
+    maps = NormalMaps([NormalMap.fit(np.arange(1000.0)), NormalMap.fit(tune)])
+    return lambda values: maps(torch.from_numpy(np.stack([values, values]).astype(np.float64)))[1]
+
+
 def test_the_map_to_normal_scores_increases_strictly_and_has_no_end() -> None:
     tune = np.random.default_rng(0).exponential(size=500).round(1)  # with ties
-    normal = NormalMap.fit(tune)
-    values = torch.from_numpy(np.linspace(-50, 200, 20_000))
-    z = normal(values)
+    normal = normal_scores(tune)
+    z = normal(np.linspace(-50, 200, 20_000))
     assert bool((z.diff() > 0).all())
-    assert abs(float(normal(torch.from_numpy(tune)).mean())) < 0.05
+    assert abs(float(normal(tune).mean())) < 0.05
 
 
 def test_the_map_of_constant_tune_scores_still_increases() -> None:
-    z = NormalMap.fit(np.zeros(20))(torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64))
+    z = normal_scores(np.zeros(20))([-1.0, 0.0, 1.0])
     assert z.tolist() == [-1.0, 0.0, 1.0]
 
 
 def test_the_map_stays_finite_where_tune_scores_nearly_underflow() -> None:
     tune = np.concatenate([np.linspace(1, 50, 50) * 1e-312, np.linspace(0.1, 1, 50)])
-    z = NormalMap.fit(tune)(torch.tensor([0.0, 1e-311, 0.5, 10.0], dtype=torch.float64))
+    z = normal_scores(tune)([0.0, 1e-311, 0.5, 10.0])
     assert torch.isfinite(z).all()
     assert bool((z.diff() > 0).all())
 
