@@ -4,7 +4,8 @@ in each precision.
 
     python -m benchmarks.score_cost
 
-Writes benchmarks/results/score_cost.json: the median of the shares over rounds, each round a forward and every score.
+Writes benchmarks/results/score_cost.json, the medians over rounds of a forward and every score, and the table in
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.readme import replaced
 from detector import Detector
 from detector.artifact import read_manifest
 from detector.backbone import Outputs
 from detector.scores import score_all
 
 MODEL, RESULT = Path("models/cifar10/1"), Path("benchmarks/results/score_cost.json")
+DOCUMENT = Path("docs/performance.md")
 BATCH, ROUNDS, WARM = 32, 40, 5
 
 
@@ -39,7 +42,27 @@ def main() -> None:
         **{precision: _shares(Detector.load(MODEL, precision=precision)) for precision in manifest.precisions},
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    written = table(result)
+    DOCUMENT.write_text(replaced(DOCUMENT.read_text(), "scores", written))
+    print(written)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The stored result as a Markdown table, the dearest score first."""
+    precisions = [name for name in ("fp32", "bf16") if name in result]
+    shares = [result[name]["share_of_forward"] for name in precisions]
+    forwards = " and ".join(f"{result[name]['forward_ms']:.1f} ms in {name}" for name in precisions)
+    return "\n".join(
+        [
+            f"| score | {' | '.join(f'share of the {name} forward' for name in precisions)} |",
+            "|---|" + "---:|" * len(precisions),
+            *(f"| `{score}` | {' | '.join(f'{100 * each[score]:.1f} %' for each in shares)} |" for score in shares[0]),
+            "",
+            f"Median of {result['rounds']} rounds, a batch of {result['batch']}; the forward takes {forwards}. "
+            f"torch {result['torch']}, {result['threads']} threads, model `{result['model']}`.",
+            "",
+        ]
+    )
 
 
 def _shares(detector: Detector) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import decode
+from benchmarks import decode, score_cost
 from benchmarks.heat import table
 from benchmarks.readme import results
 from benchmarks.scaling import table as scaling
+from detector.artifact import read_manifest
 from detector.errors import OodgateError
 from detector.scores import registry
 from service import Settings, create_app
@@ -64,10 +65,12 @@ def test_every_endpoint_is_documented_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(registry()))
-def test_every_score_is_documented(name: str) -> None:
-    headings = [line for line in (ROOT / "docs" / "methods.md").read_text().splitlines() if line.startswith("## ")]
+def test_every_score_has_a_section_that_says_all_of_it(name: str) -> None:
+    sections = (ROOT / "docs" / "methods.md").read_text().split("\n## ")
     family = "product_V_U" if name.startswith("product_") else name
-    assert any(f"`{family}`" in heading for heading in headings)
+    [section] = [part for part in sections if f"`{family}`" in part.splitlines()[0]]
+    for part in ("Source.", "Formula.", "Our choices", "State.", "Cost.", "When to use"):
+        assert f"**{part}" in section, part
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -87,7 +90,11 @@ def test_the_scaling_page_shows_what_was_measured() -> None:
 
 def test_the_performance_page_shows_what_was_measured() -> None:
     measured = json.loads((ROOT / "benchmarks" / "results" / "decode.json").read_text())
-    assert decode.table(measured) in (ROOT / "docs" / "performance.md").read_text()
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert decode.table(measured) in page
+    measured = json.loads((ROOT / "benchmarks" / "results" / "score_cost.json").read_text())
+    assert score_cost.table(measured) in page
+    assert measured["model"] == read_manifest(EMBEDDED).model_digest
 
 
 def test_the_heat_maps_compared_are_those_that_were_measured() -> None:

@@ -22,6 +22,7 @@ from benchmarks.accuracy.features import LAYERS, SHARES, Features, features
 from benchmarks.accuracy.fitting import fitted, group_means
 from detector.backbone import Backbone
 from detector.evaluation import auroc
+from detector.scores.fusion import Fusion
 from detector.scores.grood import Whitened
 from detector.scores.nearest import NEIGHBOURS, exact_distances, unit_rows
 
@@ -63,8 +64,9 @@ def ablate(known: Features, backbone: Backbone) -> dict[str, Row]:
             for name, row in group_means(scores, known).items():
                 table[f"`{name}`, mix-up at {layer}, coefficient {share}"] = _rates(row)
     for size in BANKS:
-        for name, row in group_means(fitted(("grood", "grood_w"), known, backbone, bank_size=size), known).items():
-            table[f"`{name}`, bank of {size:,}"] = _rates(row)
+        rows = group_means(fitted((*Fusion.members, "fusion"), known, backbone, bank_size=size), known)
+        for name in ("grood", "grood_w", "knn", "fusion"):
+            table[f"`{name}`, bank of {size:,}"] = _rates(rows[name])
     return table
 
 

@@ -68,25 +68,25 @@ def stages() -> str:
 
 
 def bank() -> str:
-    files = sorted(ABLATIONS.glob("ablations-*.json"))
-    curves = {path.stem.removeprefix("ablations-"): bank_curve(loaded(path)["rows"]) for path in files}
-    sizes = sorted(next(iter(curves.values())))
-    cells = {
-        size: [f"{100 * curve[size][group]:.2f}" for curve in curves.values() for group in ("near", "far")]
-        for size in sizes
+    networks = {
+        path.stem.removeprefix("ablations-"): loaded(path)["rows"]
+        for path in sorted(ABLATIONS.glob("ablations-*.json"))
     }
-    return "\n".join(
-        [
-            f"| bank | {' | '.join(f'{name}, near | {name}, far' for name in curves)} |",
-            "|---:|" + "---:|" * (2 * len(curves)),
-            *(f"| {size:,} | {' | '.join(cells[size])} |" for size in sizes),
-        ]
-    )
+    lines = [
+        f"| score | bank | {' | '.join(f'{name}, near | {name}, far' for name in networks)} |",
+        "|---|---:|" + "---:|" * (2 * len(networks)),
+    ]
+    for score in ("grood", "knn", "fusion"):
+        curves = [bank_curve(rows, score) for rows in networks.values()]
+        for size in sorted(curves[0]):
+            cells = [f"{100 * curve[size][group]:.2f}" for curve in curves for group in ("near", "far")]
+            lines.append(f"| `{score}` | {size:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def bank_curve(rows: dict[str, dict[str, float]]) -> dict[int, dict[str, float]]:
-    """AUROC of `grood` by the size of the bank."""
-    found = ((re.fullmatch(r"`grood`, bank of ([\d,]+)", title), row) for title, row in rows.items())
+def bank_curve(rows: dict[str, dict[str, float]], score: str) -> dict[int, dict[str, float]]:
+    """AUROC of a score by the size of the bank."""
+    found = ((re.fullmatch(rf"`{score}`, bank of ([\d,]+)", title), row) for title, row in rows.items())
     return {int(match[1].replace(",", "")): row for match, row in found if match}
 
 
