@@ -21,6 +21,7 @@ from detector import Network, fit
 from detector.data import ArrayDataset
 from detector.images import Pixels, Preprocessing
 from detector.networks import CIFAR_PREPROCESSING, IMAGENET_PREPROCESSING, NetworkSpec, build
+from detector.policy import Policy
 
 CLASSES, SEED, ROUNDS, BATCH = 10, 0, 5, 50
 SAMPLES = "imagenet-samples-1000.zip"
@@ -46,6 +47,7 @@ class _Recipe:
     preprocessing: Preprocessing
     spec: NetworkSpec | None
     images: Callable[[], Pixels]
+    score: str | None = None  # that decides, alone; None is what a fit chooses, with its members beside it
 
 
 def _torchvision(name: str) -> _Recipe:
@@ -56,7 +58,7 @@ def _torchvision(name: str) -> _Recipe:
 _RECIPES = {
     "resnet18": _torchvision("resnet18"),
     "resnet50": _torchvision("resnet50"),
-    "null": _Recipe(Null, CIFAR_PREPROCESSING, None, lambda: load("cifar10-test")[0][:2000]),
+    "null": _Recipe(Null, CIFAR_PREPROCESSING, None, lambda: load("cifar10-test")[0][:2000], "energy"),
 }
 
 
@@ -83,6 +85,8 @@ def ensure(workload: Workload) -> None:
         part(0.6, 1),
         workload.artifact,
         tune=part(0.4, 0.6),
+        scores=None if recipe.score is None else (recipe.score,),
+        policy=None if recipe.score is None else Policy(score_name=recipe.score),
         precisions=("fp32", "bf16"),
         source="sample photos, for speed alone",
     )

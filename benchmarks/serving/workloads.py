@@ -63,7 +63,7 @@ WORKLOADS = {
         Workload("B", "default model (CIFAR ResNet-18) at 32 px, PNG", "cifar10", "png"),
         Workload("C", "ResNet-50 at 224 px, 500x375 JPEG", "resnet50", "photos"),
         Workload("D", "ResNet-18 at 224 px, 12-megapixel JPEG, baseline and progressive in turn", "resnet18", "large"),
-        Workload("N", "null model at 32 px, PNG: the serving layer alone", "null", "png"),
+        Workload("N", "null model that decides by its energy, at 32 px, PNG: the serving layer alone", "null", "png"),
     )
 }
 
