@@ -95,9 +95,10 @@ class Stack:
         rows: list[dict[str, Any]] = self.get("query_range", query=expr, start=start, end=end, step=step)["result"]
         return rows
 
-    def notified(self, alert: str) -> list[dict[str, Any]]:
-        """Alerts of that name that stand in Alertmanager."""
-        parameters = {"filter": f'alertname="{alert}"', "active": "true"}
+    def notified(self, alert: str, **labels: str) -> list[dict[str, Any]]:
+        """Alerts of that name, and with these labels, that stand in Alertmanager."""
+        filters = [f'{name}="{value}"' for name, value in {"alertname": alert, **labels}.items()]
+        parameters = {"filter": filters, "active": "true"}
         address = f"http://{self.alertmanager}/api/v2/alerts"
         rows: list[dict[str, Any]] = httpx.get(address, params=parameters, trust_env=False).json()
         return rows

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from tests.e2e.server import Process, free_port, running
 from tests.helpers import GOOD, ROOT, encoded, toy_images
 
 DEPLOY = ROOT / "deploy"
-ALERT = "OodgateDeferralRateHigh"
+ALERT, DRIFT = "OodgateDeferralRateHigh", "OodgateDriftDetected"
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
-RATE = 25.0  # images a second; the alert wants a hundred in its window
-FIVE_MINUTES = 300 / FACTOR
+RATE = 40.0  # images a second; the deferral alert wants a hundred in its window, the CUSUM 700 to fall again
+MINUTE = 60 / FACTOR
+ALERTS: dict[str, dict[str, str]] = {ALERT: {}, DRIFT: {"test": "cusum"}}
 
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="the promtool binary is not installed")
 
@@ -42,10 +44,12 @@ class Story:
     began: float
     turned: float  # when a fifth of the stream became OOD
     ended: float
-    notified: list[dict[str, Any]]
+    notified: dict[str, list[dict[str, Any]]]  # by alert
 
-    def states(self, alert: str) -> list[tuple[float, str]]:
-        rows = self.stack.series(f'ALERTS{{alertname="{alert}"}}', self.began, self.ended)
+    def states(self, alert: str, **labels: str) -> list[tuple[float, str]]:
+        """When the alert was in which state; the states of several tests or instances must not be mixed."""
+        chosen = ",".join(f'{name}="{value}"' for name, value in {"alertname": alert, **labels}.items())
+        rows = self.stack.series(f"ALERTS{{{chosen}}}", self.began, self.ended)
         return sorted((float(at), row["metric"]["alertstate"]) for row in rows for at, _ in row["values"])
 
     def value(self, expr: str) -> list[float]:
@@ -84,6 +88,10 @@ class Sender:
         self._thread.join()
 
 
+def resolved(watching: Stack, alert: str, labels: dict[str, str]) -> bool:
+    return not watching.notified(alert, **labels)
+
+
 @pytest.fixture(scope="module")
 def story(toy_models: Path, images: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     if missing():
@@ -99,9 +107,13 @@ def story(toy_models: Path, images: tuple[Path, Path], tmp_path_factory: pytest.
         with Sender(server, images) as sender:
             wait_until(lambda: watching.query("model:oodgate_decisions:increase5m >= 100"), 60, "a window of images")
             turned, sender.share = time.time(), 0.2
-            notified = wait_until(lambda: watching.notified(ALERT), 90, "the alert reaches Alertmanager")
+            notified = {
+                alert: wait_until(partial(watching.notified, alert, **labels), 90, f"{alert} reaches Alertmanager")
+                for alert, labels in ALERTS.items()
+            }
             sender.share = 0.0
-            wait_until(lambda: not watching.notified(ALERT), 90, "the alert resolves")
+            for alert, labels in ALERTS.items():
+                wait_until(partial(resolved, watching, alert, labels), 90, f"{alert} resolves")
             ended = time.time()
             metrics = server.client.get("/metrics").text
         yield Story(watching, metrics, began, turned, ended, notified)
@@ -130,20 +142,30 @@ def test_every_recording_rule_gives_a_number(story: Story, record: str) -> None:
     assert all(map(math.isfinite, values))
 
 
-def test_the_alert_pends_then_fires_then_resolves(story: Story) -> None:
-    states = story.states(ALERT)
-    assert [state for state, _ in _runs(states)] == ["pending", "firing"]
-    (_, pended), (_, fired) = _runs(states)
+@pytest.mark.parametrize(("alert", "minutes"), [(ALERT, 5), (DRIFT, 1)])
+def test_the_alert_pends_then_fires_then_resolves(story: Story, alert: str, minutes: int) -> None:
+    states = story.states(alert, **ALERTS[alert])
+    (first, pended), (second, fired) = _runs(states)[:2]
+    assert (first, second) == ("pending", "firing")
     assert pended > story.turned  # nothing while the stream was well
-    assert fired - pended >= FIVE_MINUTES
-    assert states[-1][0] < story.ended
+    assert fired - pended >= minutes * MINUTE
+    last = max(at for at, state in states if state == "firing")
+    assert fired < last < story.ended
 
 
-def test_alertmanager_got_the_alert_for_the_receiver_that_pages(story: Story) -> None:
-    [alert] = story.notified
-    assert [receiver["name"] for receiver in alert["receivers"]] == ["page"]
-    assert alert["labels"]["model"] == "toy"
-    assert "defers" in alert["annotations"]["summary"]
+@pytest.mark.parametrize(("alert", "said"), [(ALERT, "defers"), (DRIFT, "cusum says that the stream has drifted")])
+def test_alertmanager_got_the_alert_for_the_receiver_that_pages(story: Story, alert: str, said: str) -> None:
+    [received] = story.notified[alert]
+    assert [receiver["name"] for receiver in received["receivers"]] == ["page"]
+    assert received["labels"]["model"] == "toy"
+    assert said in received["annotations"]["summary"]
+
+
+def test_the_drift_alarm_stood_at_1_and_fell_by_itself(story: Story) -> None:
+    [row] = story.stack.series('oodgate_drift_alarm{test="cusum"}', story.began, story.ended)
+    values = [value for _, value in row["values"]]
+    assert {values[0], values[-1]} == {"0"}
+    assert "1" in values
 
 
 def test_no_alert_speaks_of_errors_that_there_were_not(story: Story) -> None:
@@ -151,7 +173,7 @@ def test_no_alert_speaks_of_errors_that_there_were_not(story: Story) -> None:
     fired = {row["metric"]["alertname"] for row in rows}
     # At a thirtieth a scrape must come within half a second, and minutes of a full queue are seconds: on a busy machine
     # OodgateNotReady and OodgateQueueSaturated may be right.
-    assert fired <= {ALERT, "OodgateDriftDetected", "OodgateNotReady", "OodgateQueueSaturated"}
+    assert fired <= {ALERT, DRIFT, "OodgateNotReady", "OodgateQueueSaturated"}
 
 
 def test_the_callers_trace_is_an_exemplar_in_prometheus(story: Story) -> None:
