@@ -8,7 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.gc_collector import GCCollector
 
 from detector import __version__
@@ -21,18 +29,24 @@ DECISIONS: tuple[Decision, ...] = ("accept", "defer")
 REASONS: tuple[Reason, ...] = ("none", "ood", "low_confidence")
 REJECTIONS = ("queue_full", "deadline", "too_large", "pixels", "bad_image", "media_type", "not_ready")
 GATE_OUTCOMES = ("forwarded", "deferred", "unscored", "refused", "upstream_error")
-HANDLERS = (
-    "/v1/verdict",
-    "/v1/models/{name}/verdict",
-    "/v1/models/{name}/versions/{version}/verdict",
-    "/v2/models/{name}/infer",
-    "/v2/models/{name}/versions/{version}/infer",
-    "/gate/{path:path}",
-)
+GATE = "/gate/{path:path}"
+HANDLERS = {
+    "/v1/verdict": ("POST",),
+    "/v1/models/{name}/verdict": ("POST",),
+    "/v1/models/{name}/versions/{version}/verdict": ("POST",),
+    "/v1/explain": ("POST",),
+    "/v2/models/{name}/infer": ("POST",),
+    "/v2/models/{name}/versions/{version}/infer": ("POST",),
+    GATE: ("POST", "PUT"),
+}
+STATUSES = ("200", "400", "401", "404", "408", "413", "415", "422", "429", "500", "503", "504")
 P_VALUE_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MODEL, SCORED = ("model", "version"), ("model", "version", "score")
+
+# When each series began would be a fifth as many series again, of no use to anybody.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -156,10 +170,12 @@ class Metrics:
             self.gate_requests.labels(outcome)
         for result in ("success", "failure"):
             self.model_loads.labels(result)
-        for handler in HANDLERS:
-            self.request_seconds.labels(handler, "POST")
-            for status in ("200", "413", "415", "422", "429", "503"):
-                self.requests.labels(handler, "POST", status)
+        for handler, methods in HANDLERS.items():
+            statuses = (*STATUSES, "502") if handler == GATE else STATUSES
+            for method in methods:
+                self.request_seconds.labels(handler, method)
+                for status in statuses:
+                    self.requests.labels(handler, method, status)
 
     def watch(self, queue_depth: Callable[[], float], heartbeat: Callable[[], float], capacity: int) -> None:
         """Read the engine's gauges whenever they are scraped."""
@@ -219,6 +235,13 @@ class Metrics:
         for gauge, labels, value in shown:
             gauge.labels(*labels).set(value)
         self._shown.setdefault(manifest.name, []).extend((gauge, labels) for gauge, labels, _ in shown)
+
+    def expect(self, manifest: Manifest, classes: Sequence[str], sources: Sequence[str]) -> None:
+        """Show the decisions of these classes and sources at 0, before their first image."""
+        for counter, labels in ((self.class_decisions, classes), (self.source_decisions, sources)):
+            for label in labels:
+                for decision in DECISIONS:
+                    counter.labels(manifest.name, manifest.version, label, decision)
 
     def count_class(self, manifest: Manifest, label: str, displaced: str | None, decision: Decision) -> None:
         """Count a decision by predicted class."""

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from detector.policy import Verdict
-from service.drift import Drift, Reference, TestName, Thin, TopK
+from service.drift import OTHER, Drift, Reference, TestName, Thin, TopK
 from service.engine import ServedModel
 from service.errors import DriftStateMismatch, StateUnwritable
 from service.metrics import Metrics
@@ -82,7 +82,10 @@ class Watch:
                 group_name,
             )
             drifts.append(_resumed(name, stored.get(group_name), reference))
-        self._streams[name] = _Stream(model, drifts, TopK(min(CLASS_LABELS, len(model.detector.manifest.class_names))))
+        manifest = model.detector.manifest
+        classes = manifest.class_names
+        self._streams[name] = _Stream(model, drifts, TopK(min(CLASS_LABELS, len(classes))))
+        self._metrics.expect(manifest, classes if len(classes) <= CLASS_LABELS else [OTHER], [OTHER])
         self._show(self._streams[name])
 
     def end(self, name: str) -> None:

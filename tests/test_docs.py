@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import decode, score_cost
 from benchmarks.heat import table
@@ -18,9 +19,9 @@ from detector.artifact import read_manifest
 from detector.errors import OodgateError
 from detector.scores import registry
 from service import Settings, create_app
-from service.metrics import Metrics
 from tests.faults import report
 from tests.helpers import EMBEDDED, ROOT
+from tests.service.conftest import serving
 
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 README = (ROOT / "README.md").read_text()
@@ -46,10 +47,18 @@ def test_no_setting_is_documented_that_there_is_not() -> None:
     assert named == {name.upper() for name in Settings.model_fields}
 
 
-def test_every_metric_is_documented_and_no_other() -> None:
-    families = {metric.name + ("_total" if metric.type == "counter" else "") for metric in Metrics().registry.collect()}
-    ours = {name for name in families if name.startswith("oodgate_")}
-    assert set(re.findall(r"^\| `(oodgate_\w+)`", OPERATIONS, re.MULTILINE)) == ours
+def test_the_live_metrics_and_their_labels_are_those_of_the_document(toy_models: Path) -> None:
+    with serving(Settings(models=toy_models)) as running:
+        families = text_string_to_metric_families(running.client.get("/metrics").text)
+    live = {
+        family.name + ("_total" if family.type == "counter" else ""): {
+            label for sample in family.samples for label in sample.labels if label != "le"
+        }
+        for family in families
+        if family.name.startswith("oodgate_")
+    }
+    rows = re.findall(r"^\| `(oodgate_\w+)` \|([^|]*)\|", OPERATIONS, re.MULTILINE)
+    assert live == {name: set(re.findall(r"\w+", labels)) for name, labels in rows}
 
 
 @pytest.mark.parametrize("code", error_codes())

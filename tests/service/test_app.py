@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import httpx
 import pytest
 from click.testing import CliRunner
 from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
 from detector.cli import main
 from detector.errors import ArtifactCorrupt, ArtifactNotFound
 from service import Settings, create_app
+from service.metrics import HANDLERS, Metrics
 from service.registry import newest_versions
 from service.settings import unknown_variables
+from tests.helpers import EMBEDDED
 from tests.service.conftest import serving
 
 
@@ -53,14 +57,33 @@ def test_health_and_metrics_answer(client: httpx.Client) -> None:
     assert openmetrics.text.endswith("# EOF\n")
 
 
-def test_every_series_exists_at_zero_from_the_start(toy_models: Path) -> None:
+def test_what_counts_stands_at_0_before_the_first_request(toy_models: Path) -> None:
     with serving(Settings(models=toy_models)) as running:
-        text = running.client.get("/metrics").text
-    decisions = [line for line in text.splitlines() if line.startswith("oodgate_decisions_total{")]
-    assert len(decisions) == 3
-    assert all(line.endswith(" 0.0") for line in decisions)
-    assert 'oodgate_requests_rejected_total{reason="queue_full"} 0.0' in text
-    assert 'oodgate_shadow_disagreements_total{model="toy",score="grood_norm",version="1"} 0.0' in text
+        families = list(text_string_to_metric_families(running.client.get("/metrics").text))
+    counts: dict[str, list[float]] = {
+        family.name: [sample.value for sample in family.samples if not sample.name.endswith("_sum")]
+        for family in families
+        if family.name.startswith("oodgate_") and family.type in ("counter", "histogram")
+    }
+    # The server's own life: it has loaded a model and watches its loop.
+    del counts["oodgate_event_loop_lag_seconds"]
+    assert sorted(counts.pop("oodgate_model_loads")) == [0, 1]
+    assert {name for name, values in counts.items() if not values or any(values)} == set()
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+@pytest.mark.parametrize("status", ["200", "500", "502", "503", "504"])
+def test_the_first_failure_of_the_gate_is_seen_as_a_rise(method: str, status: str) -> None:
+    labels = {"handler": "/gate/{path:path}", "method": method, "status": status}
+    assert Metrics().registry.get_sample_value("oodgate_http_requests_total", labels) == 0
+
+
+def test_every_handler_that_judges_has_its_series_from_the_start() -> None:
+    paths = create_app(Settings(models=EMBEDDED.parents[1])).openapi()["paths"]
+    judging = re.compile(r"/v1/.*(verdict|explain)|/v2/.*/infer|/gate/.*")
+    served = {path: sorted(method.upper() for method in paths[path]) for path in paths if judging.fullmatch(path)}
+    # OpenAPI knows no path that spans several segments.
+    assert {handler.replace(":path", ""): list(methods) for handler, methods in HANDLERS.items()} == served
 
 
 def test_a_folder_without_models_stops_the_start(tmp_path: Path) -> None:
