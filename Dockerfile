@@ -22,11 +22,14 @@ RUN python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb')
     && pip install --no-cache-dir ${TORCH_INDEX_URL:+--extra-index-url ${TORCH_INDEX_URL}} \
         -c constraints.txt -r requirements.txt
 
-FROM dependencies AS wheel
-COPY README.md LICENSE ./
+# Not built on the dependencies: a builder that keeps what others are built on would keep those gigabytes twice.
+FROM ${BASE} AS wheel
+WORKDIR /src
+RUN python3 -m venv /opt/build
+COPY pyproject.toml README.md LICENSE ./
 COPY detector detector
 COPY service service
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+RUN /opt/build/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM ${BASE} AS runtime
 # Who publishes the container's port decides who reaches it; with tokens set, OODGATE_ALLOW_OPEN changes nothing.
