@@ -28,6 +28,7 @@ from service.registry import Registry
 from service.routes import admin, console, explain, gate, health, models, monitor, oip, report, verdict
 from service.security import Tokens, is_loopback, read_tokens
 from service.settings import Settings
+from service.tracing import Tracing
 from service.upstream import Upstream
 from service.watch import Watch
 
@@ -48,6 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
     lifecycle = Lifecycle()
     users = dict(settings.tokens) | (read_tokens(settings.tokens_file) if settings.tokens_file else {})
     tokens = Tokens(users, settings.admin_token_sha256)
+    tracing = Tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -107,6 +109,8 @@ def create_app(settings: Settings) -> FastAPI:
             registry.close()
             watch.save()
             audit.close()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
             gc.unfreeze()
 
     # The interactive pages would load scripts from elsewhere; the document itself stays.
@@ -115,6 +119,7 @@ def create_app(settings: Settings) -> FastAPI:
         observed={
             "metrics": metrics,
             "tokens": tokens,
+            "tracing": tracing,
             "max_body_bytes": settings.max_body_bytes,
             "max_buffered_bytes": settings.max_buffered_bytes,
         },

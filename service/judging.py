@@ -35,6 +35,7 @@ from service.errors import (
 )
 from service.security import Caller
 from service.server import ABANDON
+from service.tracing import SPAN, RequestSpan
 
 T = TypeVar("T")
 _SOURCE = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -59,18 +60,23 @@ _REJECTION: dict[type[OodgateError], str] = {
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """Who asks for verdicts, in which request, and where the images come from: a camera, a tenant."""
+    """Who asks for verdicts, in which request, and where the images come from: a camera, a tenant.
+
+    The span is the request's, where requests are traced.
+    """
 
     request_id: str
     caller: Caller
     source: str
+    span: RequestSpan | None
 
     @classmethod
     def of(cls, request: Request) -> Asker:
         """From the request; its header X-OODGate-Source, where it is a plain word, names the source."""
         caller: Caller = request.scope["caller"]
         source = request.headers.get("x-oodgate-source", "")
-        return cls(request.scope["request_id"], caller, source if _SOURCE.fullmatch(source) else caller.name)
+        known = source if _SOURCE.fullmatch(source) else caller.name
+        return cls(request.scope["request_id"], caller, known, request.scope.get(SPAN))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +208,17 @@ async def _result(
         return error
     context.audit.write(_audited(asker, model, judged))
     context.watch.saw(model, judged.answer.verdict, asker.source)
+    if asker.span is not None:
+        _trace(asker.span, model, judged)
     return judged
+
+
+def _trace(span: RequestSpan, model: ServedModel, judged: Judged) -> None:
+    manifest, verdict, timing = model.detector.manifest, judged.answer.verdict, judged.answer.timing
+    span.stages(
+        {"decode": judged.decode_s, "queue": timing.queue, "forward": timing.forward, "score": timing.score},
+        {"oodgate.model": manifest.name, "oodgate.version": manifest.version, "oodgate.decision": verdict.decision},
+    )
 
 
 async def _judge(context: Context, model: ServedModel, picture: Picture, started: float, deadline: float) -> Judged:

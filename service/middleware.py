@@ -17,6 +17,7 @@ from service.logs import access
 from service.metrics import Metrics
 from service.problems import response, unexpected
 from service.security import ANONYMOUS, Caller, Tokens, is_open_path
+from service.tracing import SPAN, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +33,15 @@ class Observe:
     """Give the request an id, hold its body to the limit, and record how it ended."""
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, tokens: Tokens, max_body_bytes: int, max_buffered_bytes: int
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        tokens: Tokens,
+        tracing: Tracing | None,
+        max_body_bytes: int,
+        max_buffered_bytes: int,
     ) -> None:
-        self.app, self.metrics, self.tokens = app, metrics, tokens
+        self.app, self.metrics, self.tokens, self.tracing = app, metrics, tokens, tracing
         self.max_body_bytes, self.max_buffered_bytes = max_body_bytes, max_buffered_bytes
         self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._buffered = 0  # bytes of all bodies under way; the event loop alone touches it
@@ -45,6 +52,8 @@ class Observe:
             return
         started = time.monotonic()
         request_id = scope["request_id"] = _request_id(scope)
+        if self.tracing is not None and not is_open_path(scope["path"]):
+            scope[SPAN] = self.tracing.begin(scope)
         status = 0
         body = _Body(self, scope, receive)
 
@@ -83,6 +92,8 @@ class Observe:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         requests, request_seconds = self._counted(handler, method, status)
         requests.inc()
+        if SPAN in scope:
+            scope[SPAN].end(handler, method, status)
         trace = _trace_id(scope)
         request_seconds.observe(seconds, trace or None)
         quiet = handler.startswith(("/v2/health", "/metrics"))

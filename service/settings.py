@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from detector.images import DEFAULT_MAX_BYTES, DEFAULT_MAX_PIXELS, Limits
 from service.security import is_loopback
+from service.tracing import can_export
 
 CORES = os.cpu_count() or 1
 
@@ -76,6 +78,9 @@ class Settings(BaseSettings):
     poll_seconds: float = Field(
         default=0.0, ge=0, description="Seconds between looks for newer versions of the models; 0 never looks."
     )
+    otlp_endpoint: str = Field(
+        default="", description="URL that takes OpenTelemetry traces over HTTP; empty: none are sent."
+    )
     grafana_url: str = Field(default="", description="Address of a Grafana that the console links to.")
     device: str = Field(default="auto", description="cpu, cuda, cuda:N or auto.")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="A calibrated precision, or auto.")
@@ -133,6 +138,15 @@ class Settings(BaseSettings):
                 f"{url!r} must be http:// or https://, a host and perhaps a path, without user, query or fragment; "
                 "credentials go into OODGATE_GATE_UPSTREAM_AUTHORIZATION"
             )
+        return url
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _spans_can_be_sent(cls, url: str) -> str:
+        if url and not re.match(r"https?://[^/]", url):
+            raise ValueError(f"{url!r} must be a URL such as http://collector:4318/v1/traces")
+        if url and not can_export():
+            raise ValueError("sending traces needs packages that are not installed: pip install 'oodgate[otel]'")
         return url
 
     @field_validator("gate_defer_status")

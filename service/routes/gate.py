@@ -33,6 +33,7 @@ from service.judging import (
 )
 from service.reading import IMAGES_BODY, read_images
 from service.schemas import Problem, VerdictBody, VerdictList, item_body
+from service.tracing import SPAN
 from service.upstream import Upstream
 
 router = APIRouter(tags=["gate"], default_response_class=Response)
@@ -166,6 +167,8 @@ async def _forward(
 ) -> Response:
     response, seconds = await upstream.forward(request, target, await request.body(), told)
     context.metrics.stage["upstream"].observe(seconds)
+    if SPAN in request.scope:
+        request.scope[SPAN].stages({"upstream": seconds}, {})
     return response
 
 
