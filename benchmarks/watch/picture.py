@@ -30,7 +30,8 @@ from service.replay import Mix, Replay, images_below, stream
 OUT = Path(__file__).parents[2] / "docs" / "watch.png"
 RATE, SECONDS, MIX = 20.0, 120.0, "0:0,40:0.2,80:0"
 IMAGES = 1_000
-ALERT = "OodgateDeferralRateHigh"
+ALERT, DRIFT = "OodgateDeferralRateHigh", "OodgateDriftDetected"
+COLOURS = {"pending": "gold", "firing": "tomato"}
 
 
 def free_address() -> str:
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def draw(watching: Stack, began: float, ended: float) -> None:
-    """Four panels; the alert's states behind the first."""
+    """Four panels; behind two of them the states of an alert that judges the same."""
     mpl.use("Agg")
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
 
@@ -81,7 +82,7 @@ def draw(watching: Stack, began: float, ended: float) -> None:
             for label, value in row["metric"].items():
                 legend = legend.replace(f"{{{{{label}}}}}", value)
             seconds, values = np.array(row["values"], float).T
-            limit = legend.startswith(("upper", "lower"))
+            limit = legend.startswith(("upper", "lower", "limit"))
             axis.plot(seconds - began, values, "--" if limit else "-", label=legend, linewidth=1)
         axis.set_title(panel, fontsize=9)
         axis.set_ylabel(unit)
@@ -89,19 +90,22 @@ def draw(watching: Stack, began: float, ended: float) -> None:
         axis.set_xlim(0, ended - began)
         axis.legend(fontsize=7, loc="upper right")
 
-    deferral = "Deferral ratio (5 min) and what the calibration explains"
-    plot(axes[0, 0], deferral, "share")
-    for state, colour in (("pending", "gold"), ("firing", "tomato")):
-        expr = f'ALERTS{{alertname="{ALERT}",alertstate="{state}"}}'
-        for row in watching.series(expr, began, ended, 0.5):
-            first, last = (float(row["values"][end][0]) - began for end in (0, -1))
-            axes[0, 0].axvspan(first, last, color=colour, alpha=0.35, label=f"{ALERT} {state}", linewidth=0)
-            print(f"{ALERT} {state} from second {first:.0f} to {last:.0f}")
-    axes[0, 0].set_ylim(0, 0.4)  # room for the legend
-    axes[0, 0].legend(fontsize=7, loc="upper right")
+    def shade(axis: Axes, alert: str, chosen: str) -> None:
+        for state, colour in COLOURS.items():
+            expr = f'ALERTS{{alertname="{alert}",alertstate="{state}"{chosen}}}'
+            for row in watching.series(expr, began, ended, 0.5):
+                first, last = (float(row["values"][end][0]) - began for end in (0, -1))
+                axis.axvspan(first, last, color=colour, alpha=0.35, label=f"{alert} {state}", linewidth=0)
+                print(f"{alert} {state} from second {first:.0f} to {last:.0f}")
+        axis.set_ylim(0, 2 * axis.get_ylim()[1])  # room for the legend
+        axis.legend(fontsize=7, loc="upper right")
+
+    plot(axes[0, 0], "Deferral ratio (5 min) and what the calibration explains", "share")
+    shade(axes[0, 0], ALERT, "")
     heat(axes[0, 1], [row for _, row in rows("P-values")], began)
-    plot(axes[1, 0], "Decisions by reason", "images/s")
-    plot(axes[1, 1], "Stage latency, 95 %", "s")
+    plot(axes[1, 0], "CUSUM", "accepted images")
+    shade(axes[1, 0], DRIFT, ',test="cusum"')
+    plot(axes[1, 1], "Decisions by reason", "images/s")
     for axis in axes[1]:
         axis.set_xlabel("seconds")
     figure.suptitle(

@@ -176,9 +176,9 @@ def test_no_alert_speaks_of_errors_that_there_were_not(story: Story) -> None:
     assert fired <= {ALERT, DRIFT, "OodgateNotReady", "OodgateQueueSaturated"}
 
 
-def test_the_callers_trace_is_an_exemplar_in_prometheus(story: Story) -> None:
-    query = 'oodgate_http_request_duration_seconds_bucket{handler="/v1/verdict"}'
-    rows = story.stack.get("query_exemplars", query=query, start=story.began - 30, end=story.ended)
+@pytest.mark.parametrize("asked", [asked for asked in panel_queries() if asked.panel == "Request latency"])
+def test_the_callers_trace_is_a_point_of_the_latency_panel(story: Story, asked: Asked) -> None:
+    rows = story.stack.get("query_exemplars", query=asked.expr, start=story.began - 30, end=story.ended)
     assert TRACE in {exemplar["labels"]["trace_id"] for row in rows for exemplar in row["exemplars"]}
 
 

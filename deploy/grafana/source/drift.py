@@ -14,6 +14,10 @@ def of_test(metric: str) -> str:
     return f"max by (model, version, instance, test) (oodgate_drift_{metric}{{{OF_MODEL}}})"
 
 
+def of_window(metric: str, labels: str) -> str:
+    return f"max by (model, version, instance, {labels}) (oodgate_{metric}{{{OF_MODEL}}})"
+
+
 def of_model(metric: str) -> str:
     return f"max by (model, version, instance) (oodgate_drift_{metric}{{{OF_MODEL}}})"
 
@@ -61,6 +65,30 @@ def build() -> Dashboard:
                     "short",
                 ),
                 "/^limit/",
+            )
+        )
+        .with_panel(
+            limits(
+                lines(
+                    "Deferral in the last full window, and its control limits",
+                    "Share deferred as OOD among the last 1,000 and 10,000 images that filled a window. The limits know"
+                    " chance and the error of the calibration; outside them a window alarms. 0 before one is full.",
+                    {
+                        f"{{{{window}}}} {WHERE}": of_window("window_deferral_ratio", "window"),
+                        "{{bound}} of {{window}}": of_window("control_limit_ratio", "window, bound"),
+                    },
+                    "percentunit",
+                ),
+                "/^(upper|lower) of/",
+            )
+        )
+        .with_panel(
+            lines(
+                "OOD images in the last full window, at least",
+                "Lower 95 % bound of the share of OOD images among the last 1,000 and 10,000. OOD images that the score"
+                " accepts are not seen: the true share may be far larger.",
+                {f"{{{{window}}}} {WHERE}": of_window("window_ood_share_lower_ratio", "window")},
+                "percentunit",
             )
         )
         .with_panel(

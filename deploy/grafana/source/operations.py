@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
 
-from deploy.grafana.source.panels import HALF, OF_INSTANCE, OF_MODEL, THIRD, board, lines, number, stacked
+from deploy.grafana.source.panels import HALF, OF_INSTANCE, OF_MODEL, board, lines, number, stacked
 
 JUDGING = f'{OF_INSTANCE},handler=~"/v1/.*(verdict|explain)|/v2/.*/infer|/gate/.*"'
 ERRORS = f'{JUDGING},status=~"5.."'
@@ -83,7 +83,7 @@ def _traffic(found: Dashboard) -> Dashboard:
                     f" (rate(oodgate_decisions_total{{{OF_MODEL}}}{EACH}))"
                 },
                 "reqps",
-                THIRD,
+                HALF,
             )
         )
         .with_panel(
@@ -93,7 +93,7 @@ def _traffic(found: Dashboard) -> Dashboard:
                 " ours.",
                 {"{{status}}": f"sum by (status) (rate(oodgate_http_requests_total{{{JUDGING}}}{EACH}))"},
                 "reqps",
-                THIRD,
+                HALF,
             )
         )
         .with_panel(
@@ -103,7 +103,17 @@ def _traffic(found: Dashboard) -> Dashboard:
                 " bad_image, pixels and too_large: look at who sends them.",
                 {"{{reason}}": f"sum by (reason) (rate(oodgate_requests_rejected_total{{{OF_INSTANCE}}}{EACH}))"},
                 "reqps",
-                THIRD,
+                HALF,
+            )
+        )
+        .with_panel(
+            stacked(
+                "The gate, by outcome",
+                "Requests a second that came to the gate in front of your app. unscored were forwarded without a"
+                " verdict, because the gate fails open; upstream_error is the app behind it.",
+                {"{{outcome}}": f"sum by (outcome) (rate(oodgate_gate_requests_total{{{OF_INSTANCE}}}{EACH}))"},
+                "reqps",
+                HALF,
             )
         )
     )
@@ -120,6 +130,7 @@ def _latency(found: Dashboard) -> Dashboard:
                 " sent. Points are exemplars where callers send traceparent.",
                 {f"p{round(100 * q)}": quantile(q, "le", seconds, JUDGING) for q in (0.5, 0.95, 0.99)},
                 "s",
+                exemplars=True,
             )
         )
         .with_panel(

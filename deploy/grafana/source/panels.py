@@ -78,14 +78,17 @@ def _targets(queries: Queries, shape: PromQueryFormat, *, instant: bool = False)
     return targets
 
 
-def lines(title: str, description: str, queries: Queries, unit: str, width: int = HALF) -> timeseries.Panel:
-    """Series over time."""
+def lines(
+    title: str, description: str, queries: Queries, unit: str, width: int = HALF, *, exemplars: bool = False
+) -> timeseries.Panel:
+    """Series over time; with `exemplars`, traces are points among them."""
+    targets = _targets(queries, PromQueryFormat.TIME_SERIES)
     return (
         timeseries.Panel()
         .title(title)
         .description(description)
         .datasource(SOURCE)
-        .targets(list(_targets(queries, PromQueryFormat.TIME_SERIES)))
+        .targets([target.exemplar(True) for target in targets] if exemplars else list(targets))
         .unit(unit)
         .min(0)
         .span(width)
