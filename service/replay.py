@@ -19,6 +19,7 @@ from detector.errors import DataError
 MEDIA_TYPES = dict(zip(IMAGE_SUFFIXES, ("image/jpeg", "image/jpeg", "image/png", "image/webp"), strict=True))
 MOST_UNDER_WAY = 256
 SLOWEST_S = 30.0
+IDLE_S = 4.0  # the server closes after 5 s: no image must meet a connection that closes
 
 Kind = Literal["id", "ood"]
 
@@ -143,7 +144,9 @@ class Replay:
         self.report = report
         self.total, self.second = Tally(), Tally()
         headers = {"authorization": f"Bearer {token}"} if token else {}
-        limits = httpx.Limits(max_connections=MOST_UNDER_WAY, max_keepalive_connections=MOST_UNDER_WAY)
+        limits = httpx.Limits(
+            max_connections=MOST_UNDER_WAY, max_keepalive_connections=MOST_UNDER_WAY, keepalive_expiry=IDLE_S
+        )
         self._client = httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=SLOWEST_S)
 
     async def run(self, sendings: Iterator[Sending], seconds: float) -> Tally:

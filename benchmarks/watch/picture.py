@@ -28,8 +28,9 @@ from benchmarks.watch.stack import FACTOR, Stack, answers, panel_queries, proces
 from service.replay import Mix, Replay, images_below, stream
 
 OUT = Path(__file__).parents[2] / "docs" / "watch.png"
-RATE, SECONDS, MIX = 20.0, 120.0, "0:0,40:0.2,80:0"
+RATE, SECONDS, MIX = 20.0, 180.0, "0:0,40:0.2,70:0"  # the CUSUM takes longer to fall than to rise
 IMAGES = 1_000
+STEP = 0.5  # seconds between points
 ALERT, DRIFT = "OodgateDeferralRateHigh", "OodgateDriftDetected"
 COLOURS = {"pending": "gold", "firing": "tomato"}
 
@@ -74,7 +75,7 @@ def draw(watching: Stack, began: float, ended: float) -> None:
     def rows(panel: str) -> list[tuple[str, dict[str, Any]]]:
         asked = [query for query in panel_queries("5m") if query.panel == panel]
         return [
-            (query.legend, row) for query in asked for row in watching.series(shortened(query.expr), began, ended, 0.5)
+            (query.legend, row) for query in asked for row in watching.series(shortened(query.expr), began, ended, STEP)
         ]
 
     def plot(axis: Axes, panel: str, unit: str) -> None:
@@ -90,26 +91,29 @@ def draw(watching: Stack, began: float, ended: float) -> None:
         axis.set_xlim(0, ended - began)
         axis.legend(fontsize=7, loc="upper right")
 
-    def shade(axis: Axes, alert: str, chosen: str) -> None:
+    def shade(axis: Axes, alert: str, chosen: str, top: float) -> None:
         for state, colour in COLOURS.items():
+            label = f"{alert} {state}"
             expr = f'ALERTS{{alertname="{alert}",alertstate="{state}"{chosen}}}'
-            for row in watching.series(expr, began, ended, 0.5):
-                first, last = (float(row["values"][end][0]) - began for end in (0, -1))
-                axis.axvspan(first, last, color=colour, alpha=0.35, label=f"{alert} {state}", linewidth=0)
-                print(f"{alert} {state} from second {first:.0f} to {last:.0f}")
-        axis.set_ylim(0, 2 * axis.get_ylim()[1])  # room for the legend
+            for row in watching.series(expr, began, ended, STEP):
+                seconds = np.array([float(at) for at, _ in row["values"]]) - began
+                for stretch in np.split(seconds, np.flatnonzero(np.diff(seconds) > 1.5 * STEP) + 1):
+                    axis.axvspan(stretch[0], stretch[-1], color=colour, alpha=0.35, label=label, linewidth=0)
+                    print(f"{label} from second {stretch[0]:.0f} to {stretch[-1]:.0f}")
+                    label = "_"  # one line of the legend is enough
+        axis.set_ylim(0, top)  # room for the legend
         axis.legend(fontsize=7, loc="upper right")
 
     plot(axes[0, 0], "Deferral ratio (5 min) and what the calibration explains", "share")
-    shade(axes[0, 0], ALERT, "")
+    shade(axes[0, 0], ALERT, "", 0.4)
     heat(axes[0, 1], [row for _, row in rows("P-values")], began)
     plot(axes[1, 0], "CUSUM", "accepted images")
-    shade(axes[1, 0], DRIFT, ',test="cusum"')
+    shade(axes[1, 0], DRIFT, ',test="cusum"', 1_200)
     plot(axes[1, 1], "Decisions by reason", "images/s")
     for axis in axes[1]:
         axis.set_xlabel("seconds")
     figure.suptitle(
-        f"A fifth of the stream is OOD from second 40 to 80; all durations 1/{FACTOR}: 10 s are the rules' 5 min.\n"
+        f"A fifth of the stream is OOD from second 40 to 70; all durations 1/{FACTOR}: 10 s are the rules' 5 min.\n"
         "The dashboards' queries on a real Prometheus, drawn with matplotlib: this is not Grafana.",
         fontsize=9,
     )
