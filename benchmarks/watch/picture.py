@@ -99,7 +99,7 @@ def draw(watching: Stack, began: float, ended: float) -> None:
                 seconds = np.array([float(at) for at, _ in row["values"]]) - began
                 for stretch in np.split(seconds, np.flatnonzero(np.diff(seconds) > 1.5 * STEP) + 1):
                     axis.axvspan(stretch[0], stretch[-1], color=colour, alpha=0.35, label=label, linewidth=0)
-                    print(f"{label} from second {stretch[0]:.0f} to {stretch[-1]:.0f}")
+                    print(f"{alert} {state} from second {stretch[0]:.0f} to {stretch[-1]:.0f}")
                     label = "_"  # one line of the legend is enough
         axis.set_ylim(0, top)  # room for the legend
         axis.legend(fontsize=7, loc="upper right")
