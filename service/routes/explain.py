@@ -12,11 +12,12 @@ import torch
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from detector.errors import NonFiniteFeatures
 from detector.explain import Explanation, explain
 from detector.images import Pixels, decode
-from service.context import Ctx
+from service.context import Context, Ctx
 from service.engine import Answer, ServedModel, Timing
-from service.errors import AdminOnly, TooManyImages
+from service.errors import AdminOnly, ScoringFailed, TooManyImages
 from service.judging import Asker, Judged, counting_rejections, in_decoder, read_in_time, shows_evidence
 from service.reading import read_images
 from service.routes.verdict import DOCUMENTED
@@ -31,10 +32,36 @@ _DOCUMENTED = DOCUMENTED | {"responses": DOCUMENTED["responses"] | _ANSWERS}
 async def explained(request: Request, context: Ctx) -> Response:
     """The verdict of the default model, the nearest class prototypes, and a heat map. It counts in no metric of
     verdicts."""
+    return await _respond(request, context, None, None)
+
+
+@router.post(
+    "/v1/models/{name}/explain",
+    operation_id="model_explain",
+    summary="Judge one image by a named model and say why",
+    **_DOCUMENTED,
+)
+async def model_explained(name: str, request: Request, context: Ctx) -> Response:
+    """As /v1/explain."""
+    return await _respond(request, context, name, None)
+
+
+@router.post(
+    "/v1/models/{name}/versions/{version}/explain",
+    operation_id="version_explain",
+    summary="Judge one image by one version of a model and say why",
+    **_DOCUMENTED,
+)
+async def version_explained(name: str, version: str, request: Request, context: Ctx) -> Response:
+    """As /v1/explain; 404 where that version is not loaded."""
+    return await _respond(request, context, name, version)
+
+
+async def _respond(request: Request, context: Context, name: str | None, version: str | None) -> Response:
     if not shows_evidence(context, Asker.of(request)):
         raise AdminOnly("scores, and what explains them, are shown to the admin alone here")
     with counting_rejections(context):
-        model = context.registry.get()
+        model = context.registry.get(name, version)
         started = time.monotonic()
         files, _ = await read_in_time(context, partial(read_images, request, context.settings))
         if len(files) > 1:
@@ -55,8 +82,14 @@ async def explained(request: Request, context: Ctx) -> Response:
 def _explained(model: ServedModel, image: Pixels, queued: float) -> tuple[Answer, Explanation]:
     """What runs on the explainer's thread."""
     began = time.monotonic()
-    outputs = model.detector.outputs(torch.from_numpy(image)[None])
-    forwarded = time.monotonic()
-    verdict = model.detector.judge(outputs, model.decider)[0]
-    timing = Timing(began - queued, forwarded - began, time.monotonic() - forwarded)
-    return Answer(verdict, timing), explain(model.detector, image, verdict.ood.score_name)
+    try:
+        outputs = model.detector.outputs(torch.from_numpy(image)[None])
+        forwarded = time.monotonic()
+        verdict = model.detector.judge(outputs, model.decider)[0]
+        timing = Timing(began - queued, forwarded - began, time.monotonic() - forwarded)
+        if not verdict.ood.sound:
+            raise ScoringFailed("the image could not be explained: its score is no number")
+        explanation = explain(model.detector, image, verdict.ood.score_name)
+    except NonFiniteFeatures as error:
+        raise ScoringFailed(f"the image could not be explained: {error}") from error
+    return Answer(verdict, timing), explanation

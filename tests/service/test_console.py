@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detector import Detector
+from detector import Detector, artifact as artifacts
 from detector.explain import Explanation, explain as real_explain
 from detector.images import Pixels
 from service import Settings
@@ -29,6 +29,7 @@ from service.recent import SLOT_S, SLOTS, Recent
 from service.routes.console import PAGE, ROOT, assets
 from tests.helpers import GOOD, encoded, toy_images
 from tests.service.conftest import Running, serving
+from tests.service.test_verdict import assert_problem
 
 PNG = {"content-type": "image/png"}
 
@@ -54,6 +55,19 @@ def test_an_explanation_holds_what_the_network_saw_and_a_heat_map_of_the_same_si
     assert heat.shape == (32, 32, 4)
     assert len(explanation["nearest"]) == 3
     assert 0 <= explanation["ood_prototype"]["pi"] <= 1
+
+
+def test_every_served_model_explains_by_its_own_name(toy: Path, tmp_path: Path) -> None:
+    for name in ("toy", "other"):
+        artifact = artifacts.load(toy)
+        artifact.manifest = artifact.manifest.model_copy(update={"name": name})
+        artifacts.save(artifact, tmp_path / name / "1")
+    with serving(Settings(models=tmp_path, default_model="toy")) as running:
+        for path in ("/v1/models/other/explain", "/v1/models/other/versions/1/explain"):
+            explained = running.client.post(path, content=GOOD, headers=PNG).json()
+            assert (explained["model"]["name"], len(explained["explanation"]["nearest"])) == ("other", 3)
+        for path in ("/v1/models/none/explain", "/v1/models/other/versions/2/explain"):
+            assert_problem(running.client.post(path, content=GOOD, headers=PNG), 404, "model_not_found")
 
 
 def test_an_explanation_counts_in_no_metric_of_verdicts(toy_models: Path) -> None:
