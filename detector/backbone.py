@@ -421,8 +421,7 @@ class Backbone:
 def _refuse_non_finite(logits: Tensor) -> None:
     finite = torch.isfinite(logits).all(dim=1)
     if not bool(finite.all()):
-        bad = int((~finite).nonzero()[0])
-        raise NonFiniteFeatures(f"the network gave NaN or infinity for image {bad} of the batch; check its weights")
+        raise NonFiniteFeatures((~finite).nonzero().flatten().tolist(), "the network gave")
 
 
 def _is_linear(module: nn.Module) -> bool:

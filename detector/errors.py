@@ -30,6 +30,7 @@ Each class has a `code`: a stable word for programs. The message says what was s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -135,9 +136,13 @@ class ScoreError(OodgateError):
 
 
 class NonFiniteFeatures(ScoreError, ValueError):
-    """NaN or infinity came out of the network."""
+    """NaN or infinity came out of the network; `images` are the places in the batch for which it did."""
 
     code = "non_finite_features"
+
+    def __init__(self, images: Sequence[int], seen: str) -> None:
+        super().__init__(f"{seen} NaN or infinity for image {images[0]} of the batch; check the network's weights")
+        self.images = frozenset(images)
 
 
 class CalibrationError(OodgateError):

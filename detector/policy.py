@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import isfinite
 from typing import Literal
 
 import numpy as np
@@ -125,6 +126,11 @@ class OodEvidence:
     borderline: bool
     shadow: Mapping[str, Shadow]
 
+    @property
+    def sound(self) -> bool:
+        """Whether the score is a finite number; one that is not says nothing of the image, which is then deferred."""
+        return isfinite(self.score)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -207,7 +213,7 @@ class Decider:
         return max(0.0, together), min(high for _, high in intervals)
 
     def decide(self, logits: Tensor, scores: Mapping[str, Scores]) -> list[Verdict]:
-        """Verdicts for a batch.
+        """Verdicts for a batch. An image whose deciding score is NaN or infinite is deferred; see `OodEvidence.sound`.
 
         Args:
             logits: [N, C] of the untouched network.
@@ -227,7 +233,7 @@ class Decider:
 
     def reason(self, group: int, score: float, doubt: float) -> Reason:
         """Why an image of a calibration group is deferred, by its deciding score and its doubt; `none` if it is not."""
-        if not score <= self.thresholds[group].value:  # so that a score that is no number defers
+        if not isfinite(score) or score > self.thresholds[group].value:
             return "ood"
         if self.doubt_thresholds and doubt > self.doubt_thresholds[group].value:
             return "low_confidence"
@@ -261,6 +267,7 @@ class Decider:
     def _p_values(self, name: str, group_of: Sequence[int], scores: Scores) -> list[float]:
         """One p-value an image, each among the calibration of its own group; 1 where that has no scores."""
         of_image = np.asarray(group_of)
+        scores = np.where(np.isfinite(scores), scores, np.inf)  # what is no number is like nothing that was calibrated
         values = np.ones(len(scores))
         for group in set(group_of):
             calibration = self.calibration.scores[name][group]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from detector.detector import Detector, Scored
+from detector.errors import NonFiniteFeatures
 from detector.images import Pixels
 from detector.policy import Decider, Verdict
 from service.errors import DeadlinePassed, EngineLost, NotReady, QueueFull, ScoringFailed
@@ -97,10 +98,16 @@ def buckets(largest: int) -> tuple[int, ...]:
 
 
 def warm_up(model: ServedModel, sizes: Sequence[int]) -> None:
-    """Judge black batches of these sizes, so that no caller waits for what is only done once."""
+    """Judge black batches of these sizes, so that no caller waits for what is only done once.
+
+    Raises:
+        ScoringFailed: a score is no finite number; or whatever else keeps the model from judging.
+    """
     for size in sizes:
         black = torch.zeros((size, *model.detector.backbone.input_shape), dtype=torch.uint8)
-        model.detector.judge(model.detector.backbone.outputs(black), model.decider)
+        verdicts = model.detector.judge(model.detector.backbone.outputs(black), model.decider)
+        if not all(verdict.ood.sound for verdict in verdicts):
+            raise ScoringFailed("a black image has no finite score")
 
 
 def padded(images: Tensor, size: int) -> Tensor:
@@ -176,7 +183,7 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """Whether batches succeed; false after several failures in a row, until one succeeds."""
+        """Whether batches succeed; false after several in a row that failed whole, until one succeeds."""
         return self._failures < MOST_FAILURES
 
     def check_room(self, images: int) -> None:
@@ -331,10 +338,29 @@ class Engine:
             outputs = model.detector.backbone.outputs(images)[: len(batch)]
             forwarded = time.monotonic()
             scored = model.detector.start_judging(outputs, model.decider, shadows=self._shadows_now(model))
+        except NonFiniteFeatures as error:
+            odd = [index in error.images for index in range(len(batch))]
+            if not any(odd):  # it was the padding
+                self._failed(model, batch, error)
+                return None
+            return self._launch(self._sound(model, batch, odd))
         except Exception as error:
             self._failed(model, batch, error)
             return None
         return _Launched(model, batch, scored, started, forwarded)
+
+    def _sound(self, model: ServedModel, batch: list[_Work], odd: Sequence[bool]) -> list[_Work]:
+        """The images of a batch that have a score; the odd ones, which have none, fail by themselves."""
+        failed, sound = (
+            [work for work, is_odd in zip(batch, odd, strict=True) if is_odd == it] for it in (True, False)
+        )
+        # An image that cannot be scored is its sender's doing; a network that scores nothing at all is ours.
+        if not sound and (error := self._trouble(model)) is not None:
+            self._failed(model, failed, error)
+        elif failed:
+            log.error("images have no finite score", extra={"images": len(failed), "batch": len(batch)})
+            self._fail(failed, ScoringFailed("the image could not be scored: the network or the score gave no number"))
+        return sound
 
     def _finish(self, launched: _Launched) -> None:
         model, batch = launched.model, launched.work
@@ -345,13 +371,16 @@ class Engine:
             return
         done = time.monotonic()
         forward_s, score_s = launched.forwarded - launched.started, done - launched.forwarded
+        sound = self._sound(model, batch, [not verdict.ood.sound for verdict in verdicts])
+        if not sound:
+            return
         answers = [
             Answer(verdict, Timing(launched.started - work.enqueued, forward_s, score_s))
-            for work, verdict in zip(batch, verdicts, strict=True)
+            for work, verdict in zip(sound, (verdict for verdict in verdicts if verdict.ood.sound), strict=True)
         ]
         self._failures = 0
         self._image_seconds += 0.1 * ((done - launched.started) / len(batch) - self._image_seconds)
-        self._post(lambda: self._deliver(model, batch, answers))
+        self._post(lambda: self._deliver(model, sound, answers))
 
     def _failed(self, model: ServedModel, batch: list[_Work], error: Exception) -> None:
         log.error("a batch failed", exc_info=error, extra={"images": len(batch)})
@@ -361,15 +390,20 @@ class Engine:
 
     def _probe(self) -> None:
         """While the server is not ready no requests come, so it must find out by itself whether it works again."""
-        model = self._failing
-        assert model is not None
-        try:
-            warm_up(model, (1,))
-        except Exception:
-            log.warning("the engine still fails", exc_info=True)
+        assert self._failing is not None
+        if (error := self._trouble(self._failing)) is not None:
+            log.warning("the engine still fails", exc_info=error)
         else:
             self._failures = 0
             log.info("the engine works again")
+
+    def _trouble(self, model: ServedModel) -> Exception | None:
+        """What keeps a model from judging a black image; None where nothing does."""
+        try:
+            warm_up(model, (1,))
+        except Exception as error:
+            return error
+        return None
 
     def _shadows_now(self, model: ServedModel) -> bool:
         self._shadow_share += model.shadow_ratio

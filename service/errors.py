@@ -156,7 +156,7 @@ class SlowRequest(ServiceError):
 
 
 class ScoringFailed(ServiceError):
-    """The network or a score failed on the batch."""
+    """The network or a score failed on the batch, or gave no number for the image."""
 
     code, status = "scoring_failed", 500
 

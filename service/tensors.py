@@ -280,5 +280,5 @@ def _to_binary(values: Sequence[str | float | bool], datatype: str) -> bytes:
 def _to_json(values: Sequence[str | float | bool], datatype: str) -> list[Any]:
     if datatype == "BYTES":
         return list(values)
-    rounded = np.array(values, _DTYPES[datatype]).tolist()  # the same number as in binary
-    return [None if isinstance(value, float) and not math.isfinite(value) else value for value in rounded]
+    same_as_in_binary: list[Any] = np.array(values, _DTYPES[datatype]).tolist()
+    return same_as_in_binary

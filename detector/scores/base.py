@@ -143,8 +143,8 @@ class Score(ABC):
         """
         if not len(outputs):
             return outputs.logits.new_zeros(0, dtype=torch.float64)
-        if not outputs.once("finite", lambda: _finite(outputs)):
-            raise NonFiniteFeatures(f"{self.name} was given NaN or infinity; check the network's weights")
+        if odd := outputs.once("non-finite", lambda: _non_finite(outputs)):
+            raise NonFiniteFeatures(odd, f"{self.name} was given")
         return self._score(outputs).double()
 
     def state(self) -> State:
@@ -179,8 +179,10 @@ class Score(ABC):
         return self
 
 
-def _finite(outputs: Outputs) -> bool:
-    return bool(torch.isfinite(outputs.penultimate).all() & torch.isfinite(outputs.logits).all())
+def _non_finite(outputs: Outputs) -> list[int]:
+    """The images, by their place, for which the network gave NaN or infinity."""
+    finite = torch.isfinite(outputs.penultimate).all(dim=1) & torch.isfinite(outputs.logits).all(dim=1)
+    return [] if bool(finite.all()) else cast(list[int], (~finite).nonzero().flatten().tolist())
 
 
 S = TypeVar("S", bound=type[Score])

@@ -123,9 +123,13 @@ def test_a_score_near_the_threshold_is_marked_borderline() -> None:
     assert (near.ood.borderline, far.ood.borderline) == (True, False)
 
 
-def test_a_score_that_is_no_number_defers() -> None:
-    verdict = Decider(Policy(), calibration(), NAMES).decide(logits(1), {"grood": np.array([np.nan])})[0]
-    assert (verdict.decision, verdict.reason) == ("defer", "ood")
+def test_a_score_that_is_no_finite_number_defers_its_own_image_alone() -> None:
+    decider = Decider(Policy(), calibration(), NAMES)
+    *odd, sound = decider.decide(logits(4), {"grood": np.array([np.nan, np.inf, -np.inf, 0.1])})
+    for verdict in odd:
+        assert (verdict.decision, verdict.reason, verdict.ood.sound) == ("defer", "ood", False)
+        assert verdict.ood.p_value == pytest.approx(1 / (N + 1))
+    assert (sound.decision, sound.ood.sound) == ("accept", True)
 
 
 def test_an_unknown_score_is_refused_with_those_there_are() -> None:

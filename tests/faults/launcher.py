@@ -3,8 +3,8 @@
 
     python -m tests.faults.launcher serve …
 
-`exception`, `memory` and `nan` spoil every batch from now on, `none` ends that, `kill` raises SystemExit in the
-inference thread, wherever it is. Each word is answered by a line of the log.
+`exception`, `memory` and `nan` spoil every batch from now on, `white` its white images alone, `none` ends that, `kill`
+raises SystemExit in the inference thread, wherever it is. Each word is answered by a line of the log.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ def spoiled(backbone: Backbone, images: Tensor) -> Outputs:
     outputs = _run(backbone, images)
     if _fault == "nan":
         return replace(outputs, penultimate=outputs.penultimate * torch.nan)  # the scores are made of it
+    if _fault == "white":
+        white = (images == 255).flatten(1).all(dim=1, keepdim=True)
+        return replace(outputs, penultimate=outputs.penultimate.masked_fill(white, torch.nan))
     return outputs
 
 

@@ -8,15 +8,18 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from service.engine import MOST_FAILURES, MOST_RESTARTS
 from tests.e2e.server import Process, running
 from tests.faults import scenarios
-from tests.helpers import GOOD
+from tests.faults.wire import Connection
+from tests.helpers import GOOD, encoded
 from tests.service.test_verdict import PNG, assert_problem
 
 LARGEST_BATCH = 4
+WHITE = encoded(np.full((32, 32, 3), 255, np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,30 @@ def test_under_load_a_fault_costs_its_own_batches_alone(faulty: Process) -> None
     statuses = asyncio.run(load())
     assert statuses.keys() <= {200, 500}
     assert statuses.total() == 400
+    assert post(faulty) == 200
+
+
+def test_an_image_without_a_score_fails_alone_however_often_it_comes(faulty: Process) -> None:
+    async def load() -> Counter[tuple[bool, int]]:
+        seen: Counter[tuple[bool, int]] = Counter()
+
+        async def work(connection: Connection, number: int) -> None:
+            white = number % 3 == 0
+            seen[white, (await connection.ask(scenarios.VERDICT, WHITE if white else GOOD)).status] += 1
+
+        await scenarios.by_many(faulty.url, 16, 300, work)
+        return seen
+
+    order(faulty, "white")
+    assert asyncio.run(load()) == {(True, 500): 100, (False, 200): 200}
+    for _ in range(MOST_FAILURES):  # batches of it alone
+        answer = faulty.client.post(scenarios.VERDICT, content=WHITE, headers=PNG)
+        assert_problem(answer, 500, "scoring_failed")
+    assert (probe(faulty, "live"), probe(faulty, "ready")) == (200, 200)
+    files = [("file", ("f", image)) for image in (GOOD, WHITE, GOOD)]
+    items = faulty.client.post(scenarios.VERDICT, files=files).json()["verdicts"]
+    assert [item.get("problem", {}).get("code") for item in items] == [None, "scoring_failed", None]
+    order(faulty, "none")
     assert post(faulty) == 200
 
 

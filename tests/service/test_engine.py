@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from detector.errors import NonFiniteFeatures
 from detector.images import Pixels
 from service.engine import Answer, Engine, ServedModel
 from service.errors import DeadlinePassed, EngineLost, NotReady, QueueFull, ScoringFailed
@@ -31,6 +32,8 @@ class Gate:
         self.batches: list[list[int]] = []
         self.shadows: list[bool] = []
         self.failing: set[int] = set()
+        self.odd: set[int] = set()  # have no finite score
+        self.unlike: set[int] = set()  # the network gives NaN
         self.asynchronous = asynchronous
         self.backbone = SimpleNamespace(outputs=self._outputs, input_shape=(2, 2, 3))
         self.fetched.set()
@@ -41,22 +44,25 @@ class Gate:
         self.ran.append(len(images))
         self.entered.set()
         assert self.opened.wait(20)
+        values: list[int] = images[:, 0, 0, 0].tolist()
+        if places := [place for place, value in enumerate(values) if value in self.unlike]:
+            raise NonFiniteFeatures(places, "the network gave")
         return images[:, 0, 0, 0]
 
     def start_judging(self, outputs: torch.Tensor, decider: object, *, shadows: bool = True) -> torch.Tensor:
         self.shadows.append(shadows)
         return outputs
 
-    def finish_judging(self, outputs: torch.Tensor, decider: object) -> list[int]:
+    def finish_judging(self, outputs: torch.Tensor, decider: object) -> list[SimpleNamespace]:
         assert self.fetched.wait(20)
         values = [int(value) for value in outputs]
         self.batches.append(values)
         if self.failing & set(values):
             raise RuntimeError("bad batch")
         self.judged.set()
-        return values
+        return [SimpleNamespace(value=value, ood=SimpleNamespace(sound=value not in self.odd)) for value in values]
 
-    def judge(self, outputs: torch.Tensor, decider: object) -> list[int]:
+    def judge(self, outputs: torch.Tensor, decider: object) -> list[SimpleNamespace]:
         return self.finish_judging(outputs, decider)
 
     @property
@@ -84,7 +90,7 @@ def soon(seconds: float = 20.0) -> float:
 
 
 def value_of(answer: Answer) -> int:
-    return cast(int, answer.verdict)
+    return cast(int, cast(Any, answer.verdict).value)
 
 
 def test_what_waits_while_the_device_works_is_the_next_batch() -> None:
@@ -147,6 +153,63 @@ def test_a_failing_batch_fails_its_own_and_the_loop_goes_on() -> None:
             await engine.judge(model, image(1), soon())
         assert value_of(await engine.judge(model, image(2), soon())) == 2
         assert engine.alive
+
+    run(body)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("where", ["odd", "unlike"])
+def test_an_image_without_a_finite_score_fails_alone_and_its_neighbours_keep_their_verdicts(
+    where: str, asynchronous: bool
+) -> None:
+    gate = Gate(is_open=False, asynchronous=asynchronous)
+    setattr(gate, where, {2, 4})
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        first = asyncio.create_task(engine.judge(model, image(9), soon()))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        rest = [asyncio.create_task(engine.judge(model, image(i), soon())) for i in range(1, 5)]
+        await asyncio.sleep(0)
+        gate.opened.set()
+        results = await asyncio.gather(first, *rest, return_exceptions=True)
+        assert [value_of(result) if isinstance(result, Answer) else type(result) for result in results] == [
+            9, 1, ScoringFailed, 3, ScoringFailed,
+        ]  # fmt: skip
+        assert engine.healthy
+
+    run(body)
+
+
+@pytest.mark.parametrize("where", ["odd", "unlike"])
+def test_images_without_a_finite_score_one_after_another_do_not_make_a_sound_engine_unhealthy(where: str) -> None:
+    gate = Gate()
+    setattr(gate, where, {2})
+
+    async def body(engine: Engine) -> None:
+        for _ in range(5):
+            with pytest.raises(ScoringFailed, match="no number"):
+                await engine.judge(gate.model, image(2), soon())
+        assert value_of(await engine.judge(gate.model, image(1), soon())) == 1
+        assert engine.healthy
+
+    run(body)
+
+
+@pytest.mark.parametrize("where", ["odd", "unlike"])
+def test_a_network_that_scores_nothing_makes_the_engine_unhealthy(where: str) -> None:
+    gate = Gate()
+    setattr(gate, where, {0, 2})  # the black image of the probe too
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        for _ in range(3):
+            with pytest.raises(ScoringFailed):
+                await engine.judge(model, image(2), soon())
+        assert not engine.healthy
+        setattr(gate, where, set())
+        while not engine.healthy:  # the idle thread's own pulse probes it
+            await asyncio.to_thread(gate.judged.wait, 20)
 
     run(body)
 
@@ -376,7 +439,9 @@ def test_an_idle_engine_stays_alive() -> None:
     run(body)
 
 
-requests = st.tuples(st.sampled_from(["ask", "cancel", "fail", "late"]), st.integers(1, 5), st.integers(0, 3))
+requests = st.tuples(
+    st.sampled_from(["ask", "cancel", "fail", "late", "odd", "unlike"]), st.integers(1, 5), st.integers(0, 3)
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -387,7 +452,9 @@ def test_everyone_is_answered_exactly_once_in_order_whoever_leaves_is_late_or_fa
     gate = Gate(asynchronous=asynchronous)
     model = gate.model
     kinds = [kind for kind, images, _ in script for _ in range(images)]  # of each image, by its value
-    gate.failing = {value for value, kind in enumerate(kinds) if kind == "fail"}
+    gate.failing, gate.odd, gate.unlike = (
+        {value for value, kind in enumerate(kinds) if kind == wanted} for wanted in ("fail", "odd", "unlike")
+    )
     delivered: list[int] = []
 
     async def request(engine: Engine, values: range, deadline: float) -> list[Answer | BaseException]:
@@ -415,8 +482,10 @@ def test_everyone_is_answered_exactly_once_in_order_whoever_leaves_is_late_or_fa
             for value, one in zip(values, result, strict=True):
                 if isinstance(one, Answer):
                     assert (value_of(one), kind in ("ask", "cancel")) == (value, True)
-                else:  # a batch with a failing image fails whole
+                else:  # a batch with a failing image fails whole, one with an odd image does not
                     expected = DeadlinePassed if kind == "late" else ScoringFailed
+                    may_fail = kind in ("fail", "late", "odd", "unlike") or gate.failing
+                    assert may_fail
                     assert isinstance(one, expected) or (gate.failing and isinstance(one, ScoringFailed))
         assert engine.depth == 0
         assert value_of(await engine.judge(model, image(255), soon())) == 255

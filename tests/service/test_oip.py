@@ -467,7 +467,7 @@ def test_a_full_queue_answers_429_and_rejections_are_counted(toy_models: Path) -
             assert running.metric("oodgate_stage_duration_seconds_count", stage=stage) >= 1, stage
 
 
-def test_a_score_that_is_no_number_defers_and_is_null(toy_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_that_is_no_number_is_no_verdict(toy_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
     with serving(Settings(models=toy_models)) as running:
@@ -481,10 +481,7 @@ def test_a_score_that_is_no_number_defers_and_is_null(toy_models: Path, monkeypa
             ]
 
         monkeypatch.setattr(detector, "finish_judging", without_a_score)
-        got = columns(infer(running.client, in_base64(GOOD)))
-        assert (got["ood_score"], got["decision"], got["is_ood"]) == ([None], ["defer"], [True])
-        binary = columns(infer(running.client, in_base64(GOOD), parameters={"binary_data_output": True}))
-        assert np.isnan(binary["ood_score"][0])
+        assert_problem(infer(running.client, in_base64(GOOD)), 500, "scoring_failed")
 
 
 def test_the_openapi_document_shows_requests_answers_and_errors(client: httpx.Client) -> None:
