@@ -20,6 +20,7 @@ from service import logs, problems
 from service.audit import Audit, NoAudit
 from service.context import Context, Lifecycle
 from service.direct import App
+from service.door import Door
 from service.engine import Answer, Engine, ServedModel
 from service.explainer import Explainer
 from service.metrics import Metrics
@@ -27,6 +28,7 @@ from service.recent import Recent
 from service.registry import Registry
 from service.routes import admin, console, explain, gate, health, models, monitor, oip, report, verdict
 from service.security import Tokens, is_loopback, read_tokens
+from service.server import DOOR
 from service.settings import Settings
 from service.tracing import Tracing
 from service.upstream import Upstream
@@ -52,7 +54,7 @@ def create_app(settings: Settings) -> FastAPI:
     tracing = Tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Door]]:
         started = time.monotonic()
         torch.set_num_threads(settings.torch_threads)
         watch = Watch(settings, metrics)
@@ -99,7 +101,7 @@ def create_app(settings: Settings) -> FastAPI:
             gc.collect()
             gc.freeze()
             log.info("ready", extra={"models": registry.names, "seconds": round(time.monotonic() - started, 3)})
-            yield
+            yield {DOOR: Door([*verdict.router.routes, *oip.router.routes], engine, tokens, metrics)}
             log.info("stopping", extra={"admitted": engine.depth})
             for chore in chores:
                 chore.cancel()

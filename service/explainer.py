@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from service.errors import DeadlinePassed, QueueFull
+from service.errors import QueueFull
 
 T = TypeVar("T")
 MOST = 4  # explanations under way at once: what a few people at the console need
@@ -23,23 +22,11 @@ class Explainer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="explain")
         self._places = threading.Semaphore(MOST)
 
-    async def run(self, work: Callable[[], T], timeout_s: float) -> T:
-        """Do work on the thread.
-
-        Raises:
-            QueueFull: as many as allowed are under way.
-            DeadlinePassed: its turn came too late.
-        """
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do work on the thread. Raises QueueFull where as many as allowed are under way."""
         if not self._places.acquire(blocking=False):
             raise QueueFull(MOST, 1)
-        deadline = time.monotonic() + timeout_s
-
-        def unless_late() -> T:
-            if time.monotonic() > deadline:
-                raise DeadlinePassed(timeout_s)
-            return work()
-
-        running = self._thread.submit(unless_late)
+        running = self._thread.submit(work)
         running.add_done_callback(lambda _: self._places.release())  # even where its caller has gone
         return await asyncio.wrap_future(running)
 

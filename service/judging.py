@@ -139,38 +139,41 @@ def while_the_caller_waits(request: Request) -> Iterator[None]:
         del request.scope[ABANDON]
 
 
-async def read_in_time(context: Context, read: Callable[[], Awaitable[T]]) -> T:
-    """Read a request's body, unless the queue is full already.
+async def read_in_time(context: Context, deadline: float, read: Callable[[], Awaitable[T]]) -> T:
+    """Read a request's body, unless the queue is full already; the deadline is on the clock of time.monotonic().
 
     Raises:
         QueueFull, NotReady, EngineLost: said before a body is sent in vain.
         SlowRequest: the body did not arrive in time.
     """
     context.engine.check_room(1)
-    return await in_time(context, read)
+    return await in_time(context, deadline, read)
 
 
-async def in_time(context: Context, read: Callable[[], Awaitable[T]]) -> T:
+async def in_time(context: Context, deadline: float, read: Callable[[], Awaitable[T]]) -> T:
     """Read a request's body. Raises SlowRequest where it did not arrive in time."""
-    started, seconds = time.monotonic(), context.settings.request_timeout_s
+    started = time.monotonic()
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(deadline - started):
             result = await read()
     except TimeoutError:
-        raise SlowRequest(seconds) from None
+        raise SlowRequest(context.settings.request_timeout_s) from None
     context.metrics.stage["read"].observe(time.monotonic() - started)
     return result
 
 
 async def in_decoder(context: Context, deadline: float, work: Callable[[], T]) -> T:
-    """Do work off the event loop. Raises DeadlinePassed where its turn comes too late."""
+    """Do work off the event loop. Raises as `by`."""
+    return await by(context, deadline, asyncio.get_running_loop().run_in_executor(context.decoders, work))
 
-    def unless_late() -> T:
-        if time.monotonic() > deadline:
-            raise DeadlinePassed(context.settings.request_timeout_s)
-        return work()
 
-    return await asyncio.get_running_loop().run_in_executor(context.decoders, unless_late)
+async def by(context: Context, deadline: float, awaited: Awaitable[T]) -> T:
+    """Wait for what is given up, as DeadlinePassed, at the deadline, on the clock of time.monotonic()."""
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await awaited
+    except TimeoutError:
+        raise DeadlinePassed(context.settings.request_timeout_s) from None
 
 
 async def judge_all(

@@ -29,6 +29,54 @@ _TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 
 
+Headers = list[tuple[bytes, bytes]]  # names in lower case
+
+
+class Recorder:
+    """Counts an answer and writes its line of the access log."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+
+    def record(
+        self, handler: str, method: str, path: str, status: int, seconds: float, request_id: str, headers: Headers
+    ) -> None:
+        """Keep how a request ended.
+
+        Args:
+            handler: the path of its route.
+            method, path, headers: the request's own.
+            status: of the answer.
+            seconds: that it took.
+            request_id: validated.
+        """
+        requests, request_seconds = self._counted(handler, method if method in _METHODS else "other", status)
+        requests.inc()
+        trace = _trace_id(headers)
+        request_seconds.observe(seconds, trace or None)
+        quiet = handler.startswith(("/v2/health", "/metrics"))
+        access.write(
+            logging.DEBUG if quiet else logging.INFO,
+            {
+                "request_id": request_id,
+                "method": method,
+                "path": path,
+                "status": status,
+                "duration_ms": round(1000 * seconds, 3),
+                **trace,
+            },
+        )
+
+    def _counted(self, handler: str, method: str, status: int) -> tuple[Counter, Histogram]:
+        """The series of an answer; looking them up by their labels would cost more than counting."""
+        key = handler, method, status
+        if key not in self._series:
+            metrics = self._metrics
+            self._series[key] = metrics.requests.labels(*key), metrics.request_seconds.labels(handler, method)
+        return self._series[key]
+
+
 class Observe:
     """Give the request an id, hold its body to the limit, and record how it ended."""
 
@@ -43,7 +91,7 @@ class Observe:
     ) -> None:
         self.app, self.metrics, self.tokens, self.tracing = app, metrics, tokens, tracing
         self.max_body_bytes, self.max_buffered_bytes = max_body_bytes, max_buffered_bytes
-        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self._recorder = Recorder(metrics)
         self._buffered = 0  # bytes of all bodies under way; the event loop alone touches it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,7 +99,7 @@ class Observe:
             await self.app(scope, receive, send)
             return
         started = time.monotonic()
-        request_id = scope["request_id"] = _request_id(scope)
+        request_id = scope["request_id"] = request_id_of(scope["headers"])
         if self.tracing is not None and not is_open_path(scope["path"]):
             scope[SPAN] = self.tracing.begin(scope)
         status = 0
@@ -84,51 +132,35 @@ class Observe:
     def _caller(self, scope: Scope) -> Caller:
         if is_open_path(scope["path"]):
             return ANONYMOUS
-        sent = next((value for name, value in scope["headers"] if name == b"authorization"), None)
-        return self.tokens.caller(sent)
+        return self.tokens.caller(header(scope["headers"], b"authorization"))
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         handler = getattr(scope.get("route"), "path", "unmatched")
-        method = scope["method"] if scope["method"] in _METHODS else "other"
-        requests, request_seconds = self._counted(handler, method, status)
-        requests.inc()
+        method, path, headers = scope["method"], scope["path"], scope["headers"]
         if SPAN in scope:
-            scope[SPAN].end(handler, method, status)
-        trace = _trace_id(scope)
-        request_seconds.observe(seconds, trace or None)
-        quiet = handler.startswith(("/v2/health", "/metrics"))
-        access.write(
-            logging.DEBUG if quiet else logging.INFO,
-            {
-                "request_id": scope["request_id"],
-                "method": scope["method"],
-                "path": scope["path"],
-                "status": status,
-                "duration_ms": round(1000 * seconds, 3),
-                **trace,
-            },
-        )
-
-    def _counted(self, handler: str, method: str, status: int) -> tuple[Counter, Histogram]:
-        """The series of an answer; looking them up by their labels would cost more than counting."""
-        key = handler, method, status
-        if key not in self._series:
-            metrics = self.metrics
-            self._series[key] = metrics.requests.labels(*key), metrics.request_seconds.labels(handler, method)
-        return self._series[key]
+            scope[SPAN].end(handler, method if method in _METHODS else "other", status)
+        self._recorder.record(handler, method, path, status, seconds, scope["request_id"], headers)
 
 
-def _request_id(scope: Scope) -> str:
-    for name, value in scope["headers"]:
+def header(headers: Headers, wanted: bytes) -> bytes | None:
+    """The first header of a name in lower case; None where there is none."""
+    for name, value in headers:
+        if name == wanted:
+            return value
+    return None
+
+
+def request_id_of(headers: Headers) -> str:
+    """The caller's own id of a request where it is a plain word, else a new one."""
+    for name, value in headers:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return str(value.decode())
+            return value.decode()
     return uuid.uuid4().hex
 
 
-def _trace_id(scope: Scope) -> dict[str, str]:
+def _trace_id(headers: Headers) -> dict[str, str]:
     """The caller's trace id, by its name in log and exemplar; empty where `traceparent` is missing or malformed."""
-    sent = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
-    found = _TRACEPARENT.fullmatch(sent)
+    found = _TRACEPARENT.fullmatch(header(headers, b"traceparent") or b"")
     return {"trace_id": found[1].decode()} if found else {}
 
 

@@ -15,23 +15,30 @@ from types import FrameType
 from typing import Any, cast
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import HANDLED_SIGNALS
 
 MAX_HEAD_BYTES = 64 * 2**10  # request line and headers; a proxy in front allows 8 to 32 KiB
 HEAD_SECONDS = 10.0  # in which a head must be complete, and a new connection must begin one
+SURPLUS_SECONDS, SURPLUS_BYTES = 10.0, 64 * 2**20  # what is still taken of a body whose answer has been sent
 ABANDON = "oodgate.abandon"  # in a request's scope: to be called when its caller is gone
+DOOR = "oodgate.door"  # in the lifespan's state: see `service.door`
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """HTTP/1.1 whose request heads are bounded in bytes and in time.
+    """HTTP/1.1 whose request heads, and bodies that nobody reads any more, are bounded in bytes and in time.
 
-    The parser under it keeps a head of any length, for as long as a client takes to send it.
+    The parser under it keeps a head of any length, for as long as a client takes to send it, and takes the rest of a
+    body for ever once its answer was sent. Requests that the door turns away are answered here and go no further.
     """
 
     _head_bytes = 0
+    _surplus_bytes = 0
     _in_head = False
+    _in_body = False
     _refused = False
+    _turned_away = False
+    _keeps_alive = True
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -50,7 +57,11 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         began_before = self._in_head
         super().data_received(data)
-        if not self._in_head or self._refused or self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
+            return
+        if self._in_body and self._answered:
+            self._take_surplus(len(data))
+        if not self._in_head:
             return
         if began_before:  # else the head shares this chunk with the request before it
             self._head_bytes += len(data)
@@ -60,24 +71,75 @@ class BoundedProtocol(HttpToolsProtocol):
             self._late = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
 
     def on_message_begin(self) -> None:
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._head_bytes, self._surplus_bytes, self._turned_away = True, 0, 0, False
+        self._unset_keepalive_if_required()  # the request before it may have ended in the same chunk
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        self._in_head, self._in_body = False, True
         self._cancel_timer()
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _TOO_LARGE)
-        else:
+        elif not self._turn_away():
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        if not self._refused:
+        if not (self._refused or self._turned_away):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self._refused:
+        self._in_body = False
+        if self._refused:
+            return
+        self._cancel_timer()
+        if not self._answered:
             super().on_message_complete()
+        elif self._turned_away and not self._keeps_alive:
+            self._end()
+        else:  # the timer that the answer had set ended with the rest of the body
+            self._unset_keepalive_if_required()
+            handler = self.timeout_keep_alive_handler
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, handler)
+
+    @property
+    def _answered(self) -> bool:
+        """Whether the answer to the request whose body is arriving has been sent."""
+        return self._turned_away or (self.cycle is not None and self.cycle.response_complete)
+
+    def _turn_away(self) -> bool:
+        """Answer what there is no room for; whether there was none."""
+        door = self.app_state.get(DOOR)
+        earlier_is_answered = self.cycle is None or self.cycle.response_complete
+        if door is None or not earlier_is_answered or self.flow.write_paused:
+            return False
+        refusal = door.refusal(self.parser.get_method(), self.url, self.headers)
+        if refusal is None:
+            return False
+        self._turned_away = True
+        # Who waits to be told to continue may send the body or not: only a new connection is sure to be understood.
+        lasting = self.parser.should_keep_alive() and self.parser.get_http_version() != "1.0"
+        self._keeps_alive = lasting and not self.expect_100_continue
+        headers = [*self.server_state.default_headers, *refusal.headers]
+        if not self._keeps_alive:
+            headers.append((b"connection", b"close"))
+        lines = b"".join(b"%b: %b\r\n" % pair for pair in headers)
+        self.transport.write(STATUS_LINE[refusal.status] + lines + b"\r\n" + refusal.body)
+        self.server_state.total_requests += 1
+        if self.expect_100_continue:
+            self._end()
+        return True
+
+    def _end(self) -> None:
+        """Close, and hear no more."""
+        self._refused = True
+        self.transport.close()
+
+    def _take_surplus(self, size: int) -> None:
+        self._surplus_bytes += size
+        if self._surplus_bytes > SURPLUS_BYTES:
+            self.transport.close()
+        elif self._late is None:
+            self._late = self.loop.call_later(SURPLUS_SECONDS, self.transport.close)
 
     def _head_is_late(self) -> None:
         self._late = None

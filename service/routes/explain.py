@@ -18,7 +18,7 @@ from detector.images import Pixels, decode
 from service.context import Context, Ctx
 from service.engine import Answer, ServedModel, Timing
 from service.errors import AdminOnly, ScoringFailed, TooManyImages
-from service.judging import Asker, Judged, counting_rejections, in_decoder, read_in_time, shows_evidence
+from service.judging import Asker, Judged, by, counting_rejections, in_decoder, read_in_time, shows_evidence
 from service.reading import read_images
 from service.routes.verdict import DOCUMENTED
 from service.schemas import ExplainedBody, Problem, explanation_body, verdict_body
@@ -63,15 +63,17 @@ async def _respond(request: Request, context: Context, name: str | None, version
     with counting_rejections(context):
         model = context.registry.get(name, version)
         started = time.monotonic()
-        files, _ = await read_in_time(context, partial(read_images, request, context.settings))
+        deadline = started + context.settings.request_timeout_s
+        files, _ = await read_in_time(context, deadline, partial(read_images, request, context.settings))
         if len(files) > 1:
             raise TooManyImages(1)
-        timeout_s = context.settings.request_timeout_s
         work = partial(decode, files[0], model.detector.manifest.preprocessing, context.settings.limits)
         read = time.monotonic()
-        image = await in_decoder(context, read + timeout_s, work)
+        image = await in_decoder(context, deadline, work)
         decoded = time.monotonic()
-        answer, explanation = await context.explainer.run(partial(_explained, model, image, decoded), timeout_s)
+        answer, explanation = await by(
+            context, deadline, context.explainer.run(partial(_explained, model, image, decoded))
+        )
     judged = Judged(answer, hashlib.sha256(files[0]).hexdigest(), decoded - read, time.monotonic() - started)
     body = verdict_body(judged, model, request.scope["request_id"])
     body["explanation"] = explanation_body(explanation, image)

@@ -118,6 +118,7 @@ async def _respond(request: Request, context: Context) -> Response:
 
 async def _judge(request: Request, context: Context) -> _Judgement:
     started = time.monotonic()
+    deadline = started + context.settings.request_timeout_s
     asker = Asker.of(request)
 
     async def read() -> tuple[list[bytes], bool]:
@@ -128,9 +129,8 @@ async def _judge(request: Request, context: Context) -> _Judgement:
         with counting_rejections(context):
             # Who fails open needs the body even where it cannot be judged.
             reader = in_time if context.settings.gate_fail_policy == "open" else read_in_time
-            files, several = await reader(context, read)
+            files, several = await reader(context, deadline, read)
             model = context.registry.get()
-            deadline = time.monotonic() + context.settings.request_timeout_s
             results = await judge_all(context, asker, model, files, started, deadline)
     except OodgateError as error:
         if not _is_ours(error):

@@ -139,8 +139,8 @@ async def _infer(request: Request, context: Context, name: str, version: str | N
     with counting_rejections(context), while_the_caller_waits(request):
         model = context.registry.get(name, version)
         started = time.monotonic()
-        body = await read_in_time(context, partial(_read, request))
-        deadline = time.monotonic() + context.settings.request_timeout_s
+        deadline = started + context.settings.request_timeout_s
+        body = await read_in_time(context, deadline, partial(_read, request))
         length, most = request.headers.get(LENGTH_HEADER), context.settings.max_images
         asked = await in_decoder(context, deadline, lambda: tensors.parse(body, length, most))
         results = await judge_all(context, Asker.of(request), model, asked.images, started, deadline)

@@ -70,8 +70,8 @@ async def _respond(request: Request, context: Context, name: str | None, version
     with counting_rejections(context), while_the_caller_waits(request):
         model = context.registry.get(name, version)
         started = time.monotonic()
-        files, several = await read_in_time(context, partial(read_images, request, context.settings))
-        deadline = time.monotonic() + context.settings.request_timeout_s
+        deadline = started + context.settings.request_timeout_s
+        files, several = await read_in_time(context, deadline, partial(read_images, request, context.settings))
         results = await judge_all(context, Asker.of(request), model, files, started, deadline)
     responding = time.monotonic()
     answer = _body(request, context, model, results) if several else _single(request, context, model, results[0])

@@ -12,15 +12,30 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
 
-from tests.faults.wire import Connection, Reply, at_rest, connected, request
+from tests.faults.wire import Caller, Connection, Reply, at_rest, connected, request
 from tests.helpers import GOOD, encoded, photo, toy_images
 
 VERDICT, LIVE = "/v1/verdict", "/v2/health/live"
 LARGE_JPEG = encoded(photo(4000, 3000), "JPEG")
 SMALL = [encoded(image) for image in toy_images(16, seed=70)[0]]
 
+MOST_CALLERS = 1000  # at once in an open loop; whoever comes then is late, and said to be
+
 Work = Callable[[Connection, int], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request of an open loop: its status (0: no answer), by how many seconds it was sent late, how many more it
+    took, and whether its answer has Retry-After."""
+
+    status: int
+    late_s: float
+    took_s: float
+    told: bool
 
 
 class Gone(Exception):
@@ -191,42 +206,43 @@ async def crowd(url: str, connections: int, requests: int) -> list[tuple[Reply, 
     return answers
 
 
-async def arrivals(url: str, bodies: Sequence[bytes], rate: float, seconds: float) -> list[tuple[int, float, bool]]:
-    """An open loop: requests arrive at their times, however many are under way.
+async def arrivals(url: str, bodies: Sequence[bytes], rate: float, seconds: float) -> list[Arrival]:
+    """An open loop: requests arrive at their times, however many are under way."""
+    requests = [request(VERDICT, body) for body in bodies]
+    host, _, port = urlsplit(url).netloc.partition(":")
+    loop = asyncio.get_running_loop()
+    idle_callers: list[Caller] = []
+    answers: list[Arrival] = []
+    opened = 0
 
-    Returns:
-        of each request its status (0: no answer), seconds since it was due, and whether it has Retry-After.
-    """
-    idle_connections: list[Connection] = []
-    answers: list[tuple[int, float, bool]] = []
+    async def one(due: float, data: bytes) -> None:
+        nonlocal opened
+        while idle_callers:
+            caller = idle_callers.pop()
+            if caller.open:  # else idle for longer than the server keeps connections, as every client must expect
+                break
+            opened -= 1
+        else:
+            opened += 1
+            _, caller = await loop.create_connection(Caller, host, int(port))
+        sent = time.monotonic()
+        status, told = await caller.ask(data)
+        answered = time.monotonic()
+        answers.append(Arrival(status, sent - due, answered - sent, told))
+        if caller.open:
+            idle_callers.append(caller)
+        else:
+            opened -= 1
 
-    async def one(due: float, body: bytes) -> None:
-        kept = idle_connections.pop() if idle_connections else None
-        try:
-            connection, answer = await ask(kept, body)
-        except (OSError, asyncio.IncompleteReadError, TimeoutError):
-            answers.append((0, time.monotonic() - due, False))
-            return
-        answers.append((answer.status, time.monotonic() - due, "retry-after" in answer.headers))
-        if answer.headers.get("connection") != "close":
-            idle_connections.append(connection)
-
-    async def ask(kept: Connection | None, body: bytes) -> tuple[Connection, Reply]:
-        if kept is not None:
-            try:
-                return kept, await kept.ask(VERDICT, body)
-            except (OSError, asyncio.IncompleteReadError):
-                pass  # it had been idle for longer than the server keeps connections, as every client must expect
-        connection = await Connection.open(url)
-        return connection, await connection.ask(VERDICT, body)
-
-    started = time.monotonic()
+    started, number, count = time.monotonic(), 0, round(rate * seconds)
     async with asyncio.TaskGroup() as group:
-        for number in range(round(rate * seconds)):
+        while number < count:
             due = started + number / rate
-            if due > time.monotonic():
-                await asyncio.sleep(due - time.monotonic())
-            group.create_task(one(due, bodies[number % len(bodies)]))
-    for connection in idle_connections:
-        connection.vanish()
+            if (early := due - time.monotonic()) > 0 or opened - len(idle_callers) >= MOST_CALLERS:
+                await asyncio.sleep(max(0.0, early))
+                continue
+            group.create_task(one(due, requests[number % len(requests)]))
+            number += 1
+    for caller in idle_callers:
+        caller.vanish()
     return answers

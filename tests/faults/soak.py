@@ -91,15 +91,16 @@ def overload(seconds: float) -> Result:
         memory, used = resident_bytes(pid), cpu_s(pid)
         answers = asyncio.run(scenarios.arrivals(server.url, scenarios.SMALL, report.OVERLOAD * rate, seconds))
         asyncio.run(at_rest(server.url))
-        admitted = [took for status, took, _ in answers if status == 200]
-        refused = [took for status, took, _ in answers if status == 429]
-        statuses = Counter(status for status, _, _ in answers)
+        admitted = [answer.took_s for answer in answers if answer.status == 200]
+        refused = [answer.took_s for answer in answers if answer.status == 429]
+        statuses = Counter(answer.status for answer in answers)
         return {
             "unloaded_per_s": round(rate),
             "offered_per_s": round(report.OVERLOAD * rate),
             "seconds": seconds,
             "statuses": {str(status): count for status, count in sorted(statuses.items())},
-            "refusals_without_retry_after": sum(status == 429 and not told for status, _, told in answers),
+            "refusals_without_retry_after": sum(answer.status == 429 and not answer.told for answer in answers),
+            "sent_late_p99_ms": percentile_ms([answer.late_s for answer in answers], 99),
             "refused_p99_ms": percentile_ms(refused, 99),
             "admitted_p99_ms": percentile_ms(admitted, 99),
             "deadline_ms": 1000 * DEADLINE_S,

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 from urllib.parse import urlsplit
 
 PATIENCE_S = 120.0  # no answer within this is an answer lost
@@ -82,6 +82,43 @@ class Connection:
     def vanish(self) -> None:
         """Be gone, whatever is under way."""
         self._writer.transport.abort()
+
+
+class Caller(asyncio.Protocol):
+    """A connection for one request after another at the least cost: it reads statuses, no bodies."""
+
+    def __init__(self) -> None:
+        self.open = True
+        self._received = b""
+        self._answer: asyncio.Future[tuple[int, bool]] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.open = False
+        self._end(0, told=False)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, found, body = self._received.partition(b"\r\n\r\n")
+        if not found or len(body) < int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]):
+            return
+        self._received = b""
+        self._end(int(head[9:12]), told=b"retry-after" in head)
+
+    async def ask(self, data: bytes) -> tuple[int, bool]:
+        """Send a request: the status of its answer, or 0 where there is none, and whether it has Retry-After."""
+        self._answer = asyncio.get_running_loop().create_future()
+        self._transport.write(data)
+        return await self._answer
+
+    def vanish(self) -> None:
+        self._transport.abort()
+
+    def _end(self, status: int, *, told: bool) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result((status, told))
 
 
 @asynccontextmanager
