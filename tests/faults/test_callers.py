@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from detector.detector import Scored
+from detector.images import decode
 from detector.policy import Decider, Verdict
 from service import Settings
 from tests.e2e.server import Process
@@ -128,3 +131,46 @@ def test_an_admitted_request_that_is_late_gets_504_and_the_next_its_verdict(toy_
         assert 504 in {answer.status for answer in answers}
         assert {answer.json["code"] for answer in answers if answer.status == 504} == {"deadline_passed"}
         assert running.context.engine.depth == 0
+
+
+def test_the_deadline_counts_from_the_head_however_slowly_the_body_comes(
+    toy_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, timeout_s = threading.Event(), 2.0
+
+    async def dawdle(url: str) -> tuple[int, float]:
+        data = request(scenarios.VERDICT, GOOD)
+        async with connected(url) as slow, connected(url) as other:
+            began = time.monotonic()
+            await slow.send(data[:-1])
+            while time.monotonic() - began < 0.75 * timeout_s:
+                await other.ask(scenarios.LIVE)
+            await slow.send(data[-1:])
+            return (await slow.reply()).status, time.monotonic() - began
+
+    with serving(Settings(models=toy_models, request_timeout_s=timeout_s)) as running:
+        monkeypatch.setattr(running.context.registry.get().detector, "finish_judging", lambda *_: opened.wait(60))
+        status, took = asyncio.run(dawdle(running.url))
+        opened.set()
+    assert status == 504
+    assert took < 1.5 * timeout_s  # 1.75 if it counted from the body's end
+
+
+def test_an_image_whose_turn_to_be_decoded_never_comes_is_late_at_its_deadline(
+    toy_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = threading.Event()
+
+    def stuck(*args: Any) -> Any:
+        assert opened.wait(60)
+        return decode(*args)
+
+    async def ask(url: str) -> list[int]:
+        async with connected(url) as first, connected(url) as second:
+            asked = (one.ask(scenarios.VERDICT, scenarios.LARGE_JPEG, kind="image/jpeg") for one in (first, second))
+            return [answer.status for answer in await asyncio.gather(*asked)]
+
+    monkeypatch.setattr("service.judging.decode", stuck)
+    with serving(Settings(models=toy_models, request_timeout_s=0.5, decode_threads=1)) as running:
+        assert asyncio.run(ask(running.url)) == [504, 504]  # while the decoder is stuck
+        opened.set()
