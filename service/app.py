@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from detector import __version__
 from detector.errors import OodgateError
-from service import logs, problems
+from service import logs, openapi, problems
 from service.audit import Audit, NoAudit
 from service.context import Context, Lifecycle
 from service.direct import App
@@ -135,7 +135,7 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     for part in (verdict, explain, oip, gate, models, report, admin, monitor, console, health):
         app.include_router(part.router)
-    problems.document(app)
+    openapi.document(app)
     return app
 
 

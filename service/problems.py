@@ -24,10 +24,8 @@ from detector.errors import (
     UnsupportedImageFormat,
 )
 from service.errors import MalformedRequest, ServiceError
-from service.security import is_open_path
 
 MEDIA_TYPE = "application/problem+json"
-_PROBLEM: dict[str, Any] = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _STATUS: Mapping[type[OodgateError], int] = {
     TooManyBytes: 413,
     TooManyPixels: 413,
@@ -42,9 +40,14 @@ _STATUS: Mapping[type[OodgateError], int] = {
 
 def status_of(error: OodgateError) -> int:
     """The HTTP status of an error."""
-    if isinstance(error, ServiceError):
-        return error.status
-    return next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
+    return status_of_kind(type(error))
+
+
+def status_of_kind(kind: type[OodgateError]) -> int:
+    """The HTTP status of a class of errors."""
+    if issubclass(kind, ServiceError):
+        return kind.status
+    return next((status for known, status in _STATUS.items() if issubclass(kind, known)), 500)
 
 
 def problem(error: OodgateError, *, index: int | None = None) -> dict[str, Any]:
@@ -56,6 +59,12 @@ def problem(error: OodgateError, *, index: int | None = None) -> dict[str, Any]:
     detail = str(error) if index is None else f"image {index}: {error}"
     extra = {"index": index, "retry_after_s": retry}
     return _document(status_of(error), error.code, detail) | {k: v for k, v in extra.items() if v is not None}
+
+
+def example(kind: type[OodgateError]) -> dict[str, Any]:
+    """A problem document of a class of errors, with what the class says of itself for detail."""
+    told = (kind.__doc__ or "").partition("\n")[0]
+    return _document(status_of_kind(kind), kind.code, told) | {"request_id": "gate-7-000123"}
 
 
 def response(error: OodgateError, request: Request, *, index: int | None = None) -> JSONResponse:
@@ -81,28 +90,6 @@ def install(app: FastAPI) -> None:
         answer = _answer(_document(error.status_code, code, str(error.detail)), request)
         answer.headers.update(error.headers or {})
         return answer
-
-
-def document(app: FastAPI) -> None:
-    """Say in the OpenAPI document how errors are really answered: as problems, a missing token among them."""
-    plain = app.openapi
-
-    def with_problems() -> dict[str, Any]:
-        described = plain()
-        for path, operations in described["paths"].items():
-            for operation in operations.values():
-                responses = operation["responses"]
-                if not is_open_path(path):
-                    responses.setdefault("401", {"description": "No token, or an unknown one", "content": _PROBLEM})
-                for status, response in list(responses.items()):
-                    schema = response.get("content", {}).get("application/json", {}).get("schema", {})
-                    if schema == {"$ref": "#/components/schemas/HTTPValidationError"}:
-                        del responses[status]  # FastAPI's own, which `install` answers with a 400
-                    elif schema == _PROBLEM[MEDIA_TYPE]["schema"]:
-                        response["content"] = _PROBLEM
-        return described
-
-    app.openapi = with_problems  # type: ignore[method-assign]
 
 
 def unexpected(request: Request) -> JSONResponse:

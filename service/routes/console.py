@@ -68,6 +68,7 @@ async def page(request: Request) -> Response:
     "/console/{path:path}",
     operation_id="console_asset",
     summary="A file of the console",
+    response_class=Response,
     responses={404: {"model": Problem}},
 )
 async def asset(path: str, request: Request) -> Response:

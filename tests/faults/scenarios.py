@@ -217,19 +217,16 @@ async def arrivals(url: str, bodies: Sequence[bytes], rate: float, seconds: floa
 
     async def one(due: float, data: bytes) -> None:
         nonlocal opened
-        while idle_callers:
-            caller = idle_callers.pop()
-            if caller.open:  # else idle for longer than the server keeps connections, as every client must expect
-                break
-            opened -= 1
-        else:
-            opened += 1
+        caller, sent, (status, told) = idle_callers.pop() if idle_callers else None, time.monotonic(), (0, False)
+        if caller is not None:
+            status, told = await caller.ask(data)
+        if not status:  # a connection idle for longer than the server keeps it, as every client must expect, or none
+            opened += caller is None
             _, caller = await loop.create_connection(Caller, host, int(port))
-        sent = time.monotonic()
-        status, told = await caller.ask(data)
+            status, told = await caller.ask(data)
         answered = time.monotonic()
         answers.append(Arrival(status, sent - due, answered - sent, told))
-        if caller.open:
+        if caller is not None and caller.open:
             idle_callers.append(caller)
         else:
             opened -= 1

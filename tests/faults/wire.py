@@ -109,6 +109,8 @@ class Caller(asyncio.Protocol):
 
     async def ask(self, data: bytes) -> tuple[int, bool]:
         """Send a request: the status of its answer, or 0 where there is none, and whether it has Retry-After."""
+        if not self.open:
+            return 0, False
         self._answer = asyncio.get_running_loop().create_future()
         self._transport.write(data)
         return await self._answer

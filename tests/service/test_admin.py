@@ -69,6 +69,15 @@ def test_a_policy_is_recomputed_from_the_stored_scores_and_decides_at_once(model
         assert after["threshold"] == served.decider.thresholds[0].value
 
 
+def test_what_a_policy_leaves_out_stays_as_it_is_in_force(models: Path, tmp_path: Path) -> None:
+    with serving(settings(models, tmp_path / "state")) as running:
+        assert running.client.put("/v1/models/toy/policy", json=STRICT, headers=BOSS).status_code == 200
+        changed = running.client.put("/v1/models/toy/policy", json={"target_id_acceptance": 0.85}, headers=BOSS)
+        assert changed.status_code == 200
+        policy = running.client.get("/v1/models/toy/policy").json()
+        assert policy == STRICT | {"target_id_acceptance": 0.85, "alpha_conf": 0.0}
+
+
 def test_a_policy_outlives_a_restart_and_not_another_model(models: Path, tmp_path: Path) -> None:
     with serving(settings(models, tmp_path / "state")) as running:
         assert running.client.put("/v1/models/toy/policy", json=STRICT, headers=BOSS).status_code == 200
