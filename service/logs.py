@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import time
@@ -14,18 +15,22 @@ from pythonjsonlogger.json import JsonFormatter
 
 
 class Access:
-    """One line a request, straight to the stream: a log record would cost more than the answer to a small image."""
+    """One line a request, straight to the stream: a log record would cost more than the answer to a small image.
+
+    Lines are handed to the system at the end of the event loop's turn: under overload a turn has many.
+    """
 
     def __init__(self) -> None:
         self._stream: TextIO | None = None
         self._level = logging.CRITICAL
+        self._lines: list[bytes] = []
 
     def to(self, stream: TextIO, level: int) -> None:
         """Write lines of this level and above to this stream from now on."""
         self._stream, self._level = stream, level
 
     def write(self, level: int, record: dict[str, Any]) -> None:
-        """Write what happened to a request; to the logger `service.access` where no stream was given."""
+        """Write what happened to a request, on the event loop; to the logger `service.access` without a stream."""
         if self._stream is None:
             logging.getLogger("service.access").log(level, "request", extra=record)
         elif level >= self._level:
@@ -37,8 +42,14 @@ class Access:
                 "logger": "service.access",
                 "message": "request",
             }
-            self._stream.write(orjson.dumps(head | record, option=orjson.OPT_APPEND_NEWLINE).decode())
-            self._stream.flush()
+            if not self._lines:
+                asyncio.get_running_loop().call_soon(self._flush, self._stream)
+            self._lines.append(orjson.dumps(head | record, option=orjson.OPT_APPEND_NEWLINE))
+
+    def _flush(self, stream: TextIO) -> None:
+        lines, self._lines = self._lines, []
+        stream.write(b"".join(lines).decode())
+        stream.flush()
 
 
 access = Access()
