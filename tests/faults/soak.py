@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import uvloop
 from numpy.typing import NDArray
 
 from tests.e2e.server import Process, running
@@ -89,7 +90,7 @@ def overload(seconds: float) -> Result:
         alone = asyncio.run(scenarios.crowd(server.url, 32, 3000))
         rate, per_cpu_s = len(alone) / (time.monotonic() - began), len(alone) / (cpu_s(pid) - used)
         memory, used = resident_bytes(pid), cpu_s(pid)
-        answers = asyncio.run(scenarios.arrivals(server.url, scenarios.SMALL, report.OVERLOAD * rate, seconds))
+        answers = uvloop.run(scenarios.arrivals(server.url, scenarios.SMALL, report.OVERLOAD * rate, seconds))
         asyncio.run(at_rest(server.url))
         admitted = [answer.took_s for answer in answers if answer.status == 200]
         refused = [answer.took_s for answer in answers if answer.status == 429]
