@@ -111,8 +111,8 @@ def warm_up(model: ServedModel, sizes: Sequence[int]) -> None:
 
 
 def padded(images: Tensor, size: int) -> Tensor:
-    """uint8 [N, H, W, 3] -> [size, H, W, 3]; what is added is black and nobody sees its result."""
-    return torch.cat([images, images.new_zeros(size - len(images), *images.shape[1:])])
+    """uint8 [N, H, W, 3] -> [size, H, W, 3]; what is added repeats the last image and nobody sees its result."""
+    return torch.cat([images, images[-1:].expand(size - len(images), -1, -1, -1)])
 
 
 class Engine:
@@ -340,7 +340,7 @@ class Engine:
             scored = model.detector.start_judging(outputs, model.decider, shadows=self._shadows_now(model))
         except NonFiniteFeatures as error:
             odd = [index in error.images for index in range(len(batch))]
-            if not any(odd):  # it was the padding
+            if not any(odd):  # in the padding alone, which can only be chance: to begin again might never end
                 self._failed(model, batch, error)
                 return None
             return self._launch(self._sound(model, batch, odd))

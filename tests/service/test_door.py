@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from service import Settings, server as serving_module
+from service.middleware import Observe
 from tests.helpers import GOOD
 from tests.service.conftest import Running, serving
 from tests.service.test_oip import INFER
@@ -65,6 +67,18 @@ def test_a_full_server_answers_the_head_and_the_connection_lives_on(shared_serve
             assert "date" in headers
         connection.sendall(bytes(1_000_000) + head(len(GOOD)) + GOOD)
         assert reply(connection)[0] == 200
+
+
+def test_who_is_turned_away_reaches_no_route(toy_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached = []
+
+    async def observe(self: Observe, scope: Scope, receive: Receive, send: Send) -> None:
+        reached.append(scope["path"])
+
+    with serving(Settings(models=toy_models)) as running, full(running):
+        monkeypatch.setattr(Observe, "__call__", observe)
+        assert running.client.post("/v1/verdict", content=GOOD, headers=PNG).status_code == 429
+        assert reached == []
 
 
 def test_the_door_says_what_the_routes_say_that_stand_behind_it(
