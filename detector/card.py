@@ -17,12 +17,15 @@ def card(manifest: Manifest) -> str:
     }[guarantee.kind]
     unit = "groups" if calibration.grouped else "images"
     low, high = manifest.report["expected_acceptance_interval"]
+    shown = {policy.score_name, *manifest.shadow_scores}
+    others = [name for name in manifest.scores if name not in shown]
     lines = [
         f"{manifest.name} version {manifest.version}  {manifest.model_digest}",
         f"network      {manifest.network.kind} {manifest.network.name}".rstrip(),
         f"input        {manifest.preprocessing.crop[0]} x {manifest.preprocessing.crop[1]}",
         f"classes      {len(manifest.class_names)}: {', '.join(manifest.class_names[:12])}",
         f"score        {policy.score_name}; beside it {', '.join(manifest.shadow_scores) or 'none'}",
+        *([f"fitted too   {', '.join(others)}"] if others else []),
         f"fitted on    {manifest.fit.n:,} images, of which the network gets {manifest.fit.accuracy:.1%} right",
         f"calibrated   on {calibration.n:,} {unit} of {calibration.source or 'unnamed'}",
         f"promise      accepts {policy.target_id_acceptance:.1%} of such images or more, {promise};",

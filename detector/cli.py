@@ -300,8 +300,8 @@ def score(model: Path, files: tuple[Path, ...], as_json: bool, device: str) -> N
 @click.argument("model", type=EXISTING)
 @click.option("--json", "as_json", is_flag=True, help="The manifest.")
 def inspect(model: Path, as_json: bool) -> None:
-    """Show the model card of MODEL."""
-    manifest = artifacts.read_manifest(model)
+    """Verify MODEL and show its card."""
+    manifest = artifacts.load(model).manifest
     click.echo(manifest.model_dump_json(indent=1) if as_json else card(manifest))
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,15 @@ def test_score_prints_json_and_fails_only_the_bad_file(fitted: Path, tmp_path: P
 def test_inspect_shows_the_card(fitted: Path) -> None:
     assert read_manifest(fitted).model_digest in oodgate("inspect", fitted).output
     assert json.loads(oodgate("inspect", fitted, "--json").output)["name"] == "mine"
+
+
+def test_inspect_refuses_a_damaged_model(fitted: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(fitted, tmp_path / "1")
+    scores = damaged / "scores.safetensors"
+    scores.write_bytes(scores.read_bytes()[:-1] + b"?")
+    result = oodgate("inspect", damaged)
+    assert result.exit_code == 1
+    assert "scores.safetensors" in result.output
 
 
 def test_inspect_of_something_else_is_one_clear_line(tmp_path: Path) -> None:
