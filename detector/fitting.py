@@ -19,7 +19,7 @@ from detector.calibrating import Calibrator, now
 from detector.calibration import calibration_rank, class_groups, exact, smallest_sample
 from detector.data import Dataset, Subset, batches
 from detector.errors import ArtifactError, CalibrationError, ClassOrderMismatch, DataError, ScoreError
-from detector.features import Collected, FitScores, Report, collect, fit_scores, silent, tune_scores
+from detector.features import Collected, Gather, Report, collect, fit_scores, gather, silent, tune_scores
 from detector.images import Preprocessing
 from detector.networks import NetworkSpec, export_network
 from detector.policy import Grouping, Policy
@@ -67,7 +67,7 @@ def fit(
     half_weights: bool = False,
     device: str = "cpu",
     source: str = "",
-    engine: FitScores = fit_scores,
+    engine: Gather = gather,
     report: Report = silent,
     resumed: Report = silent,
 ) -> Manifest:
@@ -90,7 +90,7 @@ def fit(
             measured on the rounded network.
         device: where to compute.
         source: what to call the calibration images in the model card.
-        engine: what passes over the training images; `detector.fit_ray.fit_scores` does it on a Ray cluster.
+        engine: what passes over the training images; `detector.fit_ray.gather` does it on a Ray cluster.
         report: told of images done.
         resumed: told how many images an interrupted fit had done, where one goes on.
 
@@ -115,7 +115,9 @@ def fit(
     options = replace(options or FitOptions(), num_classes=backbone.num_classes)
     _refuse_options(options, backbone, names)
     workdir = out.with_name(f"{out.name}.fit.partial")
-    fitted, fit_ids = engine(names, backbone, train, options, workdir=workdir, report=report, resumed=resumed)
+    fitted, fit_ids = fit_scores(
+        names, backbone, train, options, engine=engine, workdir=workdir, report=report, resumed=resumed
+    )
     splits = {"fit": sorted_ids(fit_ids)}
     grouping = Grouping.single(backbone.num_classes)
     if tune is not None:
