@@ -127,6 +127,7 @@ main.add_command(evaluate)
     metavar="NAME",
     help="A parameter, or a module and all it holds, that `lowdim` looks at; repeat for more.  [all]",
 )
+@click.option("--index", is_flag=True, help="Search banks of 50,000 rows and more by an approximate index.")
 @click.option("--per-class", is_flag=True, help="One threshold for each predicted class; needs --tune.")
 @click.option("--precision", "precisions", type=click.Choice(["fp32", "bf16"]), multiple=True, default=("fp32",))
 @click.option("--half-weights", is_flag=True, help="Round the weights to float16 first and store them so.")
@@ -158,6 +159,7 @@ def fit(
     ood_prototype: str,
     ood_images: Path | str | None,
     lowdim_parameters: tuple[str, ...],
+    index: bool,
     per_class: bool,
     precisions: tuple[Precision, ...],
     half_weights: bool,
@@ -204,6 +206,7 @@ def fit(
                 generator=ood_prototype,
                 ood_images=None if ood_images is None else _pixels(open_dataset(ood_images, prepared)),
                 lowdim_parameters=lowdim_parameters,
+                index=index,
             ),
             scores=_scores(also, tuned=tune is not None),
             policy=_policy(

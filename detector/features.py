@@ -253,6 +253,6 @@ def fit_key(backbone: Backbone, dataset: Dataset, options: FitOptions, names: Se
     for name, value in sorted(backbone.module.state_dict().items()):
         weights.update(name.encode() + np.ascontiguousarray(value.detach().cpu().numpy()).tobytes())
     parts = [weights.hexdigest(), dataset.fingerprint(), backbone.preprocessing.model_dump_json(), backbone.early]
-    # What is gathered does not depend on how the OOD prototype is made of it.
-    told = asdict(replace(options, ood_images=None))
+    # What is gathered does not depend on how the OOD prototype is made of it, nor on how it is searched.
+    told = asdict(replace(options, ood_images=None, index=False))
     return hashlib.sha256(json.dumps([*parts, told, list(names), BATCH]).encode()).hexdigest()

@@ -53,10 +53,10 @@ class Files:
         below = path.removeprefix(self.root.rstrip("/")).lstrip("/")
         return below.partition("/")[0] if "/" in below else None
 
-    def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
+    def read(self, path: str, start: int | None = None, length: int | None = None) -> bytes:
         """The bytes of a file, or some of them."""
         try:
-            data: bytes = self.system.cat_file(path, start, None if length is None else start + length)
+            data: bytes = self.system.cat_file(path, start, None if length is None else (start or 0) + length)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}") from error
         return data

@@ -24,6 +24,7 @@ from detector.images import Preprocessing
 from detector.networks import NetworkSpec, export_network
 from detector.policy import Grouping, Policy
 from detector.scores import FitOptions, Fusion, registry
+from detector.scores.index import require_faiss
 from detector.scores.lowdim_full import chosen_parameters
 
 PUBLISHED = ("grood", "grood_norm")
@@ -263,6 +264,8 @@ def _refuse_options(options: FitOptions, backbone: Backbone, names: Sequence[str
     """What a score would say after the whole pass over the training images, said before it."""
     if options.generator == "images" and options.ood_images is None:
         raise ScoreError("the generator `images` needs images: pass FitOptions(ood_images=...) or --ood-images PATH")
+    if options.index:
+        require_faiss()
     if any(registry()[name].backward for name in names):
         chosen_parameters(backbone, options.lowdim_parameters)
 
