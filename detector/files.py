@@ -81,8 +81,10 @@ class Files:
 
 def _opened(where: str) -> tuple[Any, str]:
     """A file system, and the root in its own words."""
+    if not is_uri(where):
+        return fsspec.filesystem("file"), str(Path(where).absolute())
     if urlsplit(where).scheme != "s3":
-        system, root = fsspec.url_to_fs(where if is_uri(where) else str(Path(where).absolute()))
+        system, root = fsspec.url_to_fs(where)
         return system, str(root)
     from fsspec.implementations.arrow import ArrowFSWrapper
     from pyarrow.fs import FileSystem
