@@ -25,6 +25,7 @@ test-ray: $(RAY)/.ready
 
 bench-scaling: $(RAY)/.ready
 	$(BIN)/python -m benchmarks.scaling.stages
+	$(BIN)/python -m benchmarks.scaling.index
 	$(RAY)/bin/python -m benchmarks.scaling.replicas
 	$(BIN)/python -m benchmarks.scaling.table
 

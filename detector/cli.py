@@ -21,11 +21,11 @@ from detector.backbone import Precision, resolve_device
 from detector.calibration import Guarantee
 from detector.card import card
 from detector.cli_evaluate import evaluate
-from detector.cli_options import DEVICE, EXISTING, FILE, progress
+from detector.cli_options import DATA, DEVICE, EXISTING, FILE, progress
 from detector.data import Dataset, Subset, batches, open_dataset
 from detector.detector import Detector
 from detector.errors import ImageError, OodgateError
-from detector.features import FitScores, fit_scores
+from detector.features import Gather, gather
 from detector.images import Preprocessing
 from detector.networks import load_network, parse_spec
 from detector.policy import Policy, Verdict
@@ -90,10 +90,10 @@ main.add_command(evaluate)
 
 
 @main.command()
-@click.argument("train", type=EXISTING)
-@click.option("--calibration", type=EXISTING, required=True, help="Images the network was NOT trained on.")
-@click.option("--tune", type=EXISTING, help="More such images, for choices made before calibration.")
-@click.option("--test", type=EXISTING, help="More such images, to check the promise on.")
+@click.argument("train", type=DATA)
+@click.option("--calibration", type=DATA, required=True, help="Images the network was NOT trained on.")
+@click.option("--tune", type=DATA, help="More such images, for choices made before calibration.")
+@click.option("--test", type=DATA, help="More such images, to check the promise on.")
 @click.option("--backbone", required=True, help="cifar_resnet18, torchvision:NAME, timm:NAME or export:FILE.pt2.")
 @click.option("--weights", help=".safetensors or .pth file, or the name of a weight enum of torchvision.")
 @click.option(
@@ -120,13 +120,14 @@ main.add_command(evaluate)
     show_default=True,
     help="What GROOD's is made of.",
 )
-@click.option("--ood-images", type=EXISTING, help="Images for `--ood-prototype images`; the only use of OOD data.")
+@click.option("--ood-images", type=DATA, help="Images for `--ood-prototype images`; the only use of OOD data.")
 @click.option(
     "--lowdim-parameters",
     multiple=True,
     metavar="NAME",
     help="A parameter, or a module and all it holds, that `lowdim` looks at; repeat for more.  [all]",
 )
+@click.option("--index", is_flag=True, help="Search banks of 50,000 rows and more by an approximate index.")
 @click.option("--per-class", is_flag=True, help="One threshold for each predicted class; needs --tune.")
 @click.option("--precision", "precisions", type=click.Choice(["fp32", "bf16"]), multiple=True, default=("fp32",))
 @click.option("--half-weights", is_flag=True, help="Round the weights to float16 first and store them so.")
@@ -143,10 +144,10 @@ main.add_command(evaluate)
 @ALPHA_CONF
 @DEVICE
 def fit(
-    train: Path,
-    calibration: Path,
-    tune: Path | None,
-    test: Path | None,
+    train: Path | str,
+    calibration: Path | str,
+    tune: Path | str | None,
+    test: Path | str | None,
     backbone: str,
     weights: str | None,
     classes_file: Path | None,
@@ -156,8 +157,9 @@ def fit(
     score_name: str | None,
     also: tuple[str, ...],
     ood_prototype: str,
-    ood_images: Path | None,
+    ood_images: Path | str | None,
     lowdim_parameters: tuple[str, ...],
+    index: bool,
     per_class: bool,
     precisions: tuple[Precision, ...],
     half_weights: bool,
@@ -171,7 +173,8 @@ def fit(
 ) -> None:
     """Fit OOD scores to your own classifier and calibrate the one that decides.
 
-    TRAIN holds the images it was trained on: one folder for each class, or an .npz with `images` and `labels`.
+    TRAIN holds the images it was trained on: one folder for each class, Parquet files with `image` and `label`,
+    WebDataset tars, all of them also behind a URI such as s3://bucket/folder, or an .npz with `images` and `labels`.
     A fit keeps its progress every 5,000 images; one that was interrupted goes on from there.
     """
     module, spec, stated = load_network(parse_spec(backbone), weights)
@@ -203,6 +206,7 @@ def fit(
                 generator=ood_prototype,
                 ood_images=None if ood_images is None else _pixels(open_dataset(ood_images, prepared)),
                 lowdim_parameters=lowdim_parameters,
+                index=index,
             ),
             scores=_scores(also, tuned=tune is not None),
             policy=_policy(
@@ -226,7 +230,7 @@ def fit(
 
 @main.command()
 @click.argument("model", type=EXISTING)
-@click.option("--id", "images", type=EXISTING, required=True, help="In-distribution images, as production sees them.")
+@click.option("--id", "images", type=DATA, required=True, help="In-distribution images, as production sees them.")
 @click.option("--out", type=FILE, help="The directory to write.  [MODEL's next version]")
 @click.option("--groups", type=EXISTING, help="CSV `file,group`: one image of each camera, patient or burst is used.")
 @click.option(
@@ -242,7 +246,7 @@ def fit(
 @DEVICE
 def calibrate(
     model: Path,
-    images: Path,
+    images: Path | str,
     out: Path | None,
     groups: Path | None,
     check_share: float,
@@ -342,14 +346,14 @@ def _scores(also: tuple[str, ...], *, tuned: bool) -> list[str]:
     return [*fitting.default_scores(tuned=tuned), *asked]
 
 
-def _engine(name: Literal["local", "ray"]) -> FitScores:
+def _engine(name: Literal["local", "ray"]) -> Gather:
     if name == "local":
-        return fit_scores
+        return gather
     try:
         from detector import fit_ray
     except ImportError as error:
         raise click.UsageError("--engine ray needs Ray: pip install 'oodgate[ray]'") from error
-    return fit_ray.fit_scores
+    return fit_ray.gather
 
 
 def _pixels(dataset: Dataset) -> Tensor:

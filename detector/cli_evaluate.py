@@ -12,24 +12,25 @@ from typing import TypeVar
 import click
 
 from detector import artifact as artifacts
-from detector.cli_options import DEVICE, EXISTING, progress
+from detector.cli_options import DATA, DEVICE, EXISTING, progress
 from detector.data import Dataset, open_dataset
 from detector.detector import Detector
 from detector.evaluation import OodSet, measure, summarise, summary
+from detector.files import is_uri
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
-def _named_paths(_: click.Context, parameter: click.Parameter, values: Iterable[str]) -> dict[str, Path]:
+def _named_paths(_: click.Context, parameter: click.Parameter, values: Iterable[str]) -> dict[str, str]:
     """NAME=PATH arguments by name; UsageError for another form, no such path, or a name given twice."""
-    found: dict[str, Path] = {}
+    found: dict[str, str] = {}
     for text in values:
         name, equals, path = text.partition("=")
-        if not equals or not name or not Path(path).exists():
+        if not equals or not name or not (is_uri(path) or Path(path).exists()):
             raise click.UsageError(f"{text!r} must be NAME=PATH, and the path must exist")
         if name in found:
             raise click.UsageError(f"--{parameter.name} names {name!r} twice; give each set a name of its own")
-        found[name] = Path(path)
+        found[name] = path
     return found
 
 
@@ -39,7 +40,7 @@ def _sets(name: str, text: str) -> Callable[[Command], Command]:
 
 @click.command()
 @click.argument("model", type=EXISTING)
-@click.option("--id", "id_images", type=EXISTING, required=True, help="In-distribution test images of no split.")
+@click.option("--id", "id_images", type=DATA, required=True, help="In-distribution test images of no split.")
 @_sets("--near", "An OOD set close to the training data.")
 @_sets("--far", "An OOD set far from the training data.")
 @_sets("--ood", "An OOD set of no group.")
@@ -51,11 +52,11 @@ def _sets(name: str, text: str) -> Callable[[Command], Command]:
 @DEVICE
 def evaluate(
     model: Path,
-    id_images: Path,
-    near: dict[str, Path],
-    far: dict[str, Path],
-    ood: dict[str, Path],
-    shifted: dict[str, Path],
+    id_images: Path | str,
+    near: dict[str, str],
+    far: dict[str, str],
+    ood: dict[str, str],
+    shifted: dict[str, str],
     backward: bool,
     plots: Path | None,
     as_json: bool,
@@ -85,12 +86,12 @@ def evaluate(
     click.echo(json.dumps(result) if as_json else summary(result, measured.score_name))
 
 
-def _same_classes(path: Path, detector: Detector) -> Dataset:
+def _same_classes(path: Path | str, detector: Detector) -> Dataset:
     manifest = detector.manifest
     return open_dataset(path, manifest.preprocessing, classes=manifest.class_names, labelled=False)
 
 
-def _ood_sets(groups: dict[str, dict[str, Path]], detector: Detector) -> dict[str, OodSet]:
+def _ood_sets(groups: dict[str, dict[str, str]], detector: Detector) -> dict[str, OodSet]:
     sets: dict[str, OodSet] = {}
     for group, paths in groups.items():
         for name, path in paths.items():

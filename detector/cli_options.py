@@ -7,14 +7,26 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
 from detector.features import Report
+from detector.files import is_uri
 
 LINES = 50  # of progress
 FILE = click.Path(path_type=Path)
 EXISTING = click.Path(path_type=Path, exists=True)
+
+
+class _Images(click.Path):
+    """An existing path, or a URI as it stands."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if is_uri(value) else super().convert(value, param, ctx)
+
+
+DATA = _Images(path_type=Path, exists=True)
 DEVICE = click.option("--device", default="auto", help="cpu, cuda, cuda:N or auto.")
 
 

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets as people have them: class folders, flat folders, .npz files, or arrays in memory."""
+"""Data sets as people have them: class folders, flat folders, .npz files, or arrays in memory.
+
+`detector.archives` has Parquet files and WebDataset tars. Folders and archives may lie behind a URI.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detector.errors import DataError, ImageError
+from detector.files import Files, is_uri
 from detector.images import Limits, Pixels, Preprocessing, decode, resize
 
 Labels = NDArray[np.int64]
@@ -91,51 +96,80 @@ class ArrayDataset:
         return _digest(self.labels.tobytes(), np.ascontiguousarray(self.images).data)
 
 
-class FileDataset:
-    """Image files; the folder directly under the root is the class, where there are such folders."""
+class EncodedDataset(ABC):
+    """Images as encoded files, wherever their bytes are; labels by number, or by names that the class list orders."""
 
     def __init__(
         self,
-        root: Path,
+        source: str,
+        labels: Sequence[str | int | None],
         preprocessing: Preprocessing,
         classes: Sequence[str] | None,
         limits: Limits,
         *,
         labelled: bool = True,
     ) -> None:
-        self.paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not self.paths:
-            raise DataError(f"{root} holds no image ({', '.join(IMAGE_SUFFIXES)})")
         self.preprocessing, self.limits = preprocessing, limits
-        folders = [path.relative_to(root).parts[0] if path.parent != root else None for path in self.paths]
-        found = sorted({folder for folder in folders if folder is not None})
-        self.classes: Sequence[str] = list(classes) if classes is not None else found
-        unknown = [folder for folder in found if folder not in self.classes]
+        named = sorted({label for label in labels if isinstance(label, str)})
+        self.classes: Sequence[str] = list(classes) if classes is not None else named
+        number: dict[str | int | None, int] = {name: index for index, name in enumerate(self.classes)}
+        unknown = [name for name in named if name not in number]
         if unknown and not labelled:
-            folders, unknown = [None] * len(folders), []  # cameras or days, not classes
+            labels, unknown = [None] * len(labels), []  # cameras or days, not classes
         if unknown:
             raise DataError(
-                f"{root}: the class list has no {', '.join(unknown[:5])}; it has {', '.join(self.classes[:20])}"
+                f"{source}: the class list has no {', '.join(unknown[:5])}; it has {', '.join(self.classes[:20])}"
             )
-        number = {name: index for index, name in enumerate(self.classes)}
-        self.labels = np.array([UNLABELLED if folder is None else number[folder] for folder in folders], dtype=np.int64)
+        numbers = [label if isinstance(label, int) else number.get(label, UNLABELLED) for label in labels]
+        self.labels = np.array(numbers, dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.labels)
 
     def read(self, index: int) -> Pixels:
         try:
-            return decode(self.paths[index].read_bytes(), self.preprocessing, self.limits)
+            return decode(self._bytes(index), self.preprocessing, self.limits)
         except ImageError as error:
-            raise DataError(f"{self.paths[index]}: {error}. Remove the file from the data set.") from error
-
-    def name(self, index: int) -> str:
-        return str(self.paths[index])
+            raise DataError(f"{self.name(index)}: {error}. Remove the image from the data set.") from error
 
     def fingerprint(self) -> str:
-        stats = [(path, path.stat()) for path in self.paths]
-        lines = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
-        return _digest(self.labels.tobytes(), "\n".join(lines).encode())
+        return _digest(self.labels.tobytes(), self._stamp())
+
+    @abstractmethod
+    def name(self, index: int) -> str: ...
+
+    @abstractmethod
+    def _bytes(self, index: int) -> bytes: ...
+
+    @abstractmethod
+    def _stamp(self) -> bytes:
+        """What changes when one of the files does."""
+
+
+class FileDataset(EncodedDataset):
+    """Image files; the folder directly under the root is the class, where there are such folders."""
+
+    def __init__(
+        self,
+        files: Files,
+        preprocessing: Preprocessing,
+        classes: Sequence[str] | None,
+        limits: Limits,
+        *,
+        labelled: bool = True,
+    ) -> None:
+        self.files, self.paths = files, files.ending(IMAGE_SUFFIXES)
+        folders = [files.folder(path) for path in self.paths]
+        super().__init__(files.where, folders, preprocessing, classes, limits, labelled=labelled)
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def _bytes(self, index: int) -> bytes:
+        return self.files.read(self.paths[index])
+
+    def _stamp(self) -> bytes:
+        return self.files.stamp(self.paths)
 
 
 class Subset:
@@ -159,34 +193,49 @@ class Subset:
 
 
 def open_dataset(
-    path: Path,
+    path: str | Path,
     preprocessing: Preprocessing,
     *,
     classes: Sequence[str] | None = None,
     limits: Limits | None = None,
     labelled: bool = True,
 ) -> Dataset:
-    """Open class folders, a flat folder of images, or an .npz with `images` and, where known, `labels`.
+    """Open images in class folders or a flat folder, Parquet files, WebDataset tars, or an .npz.
+
+    An .npz has `images` and, where known, `labels`; for Parquet and tars see `detector.archives`. A folder is what it
+    holds: images, else Parquet files, else tars.
 
     Args:
-        path: folder or .npz file.
+        path: folder or file; all but an .npz may be a URI.
         preprocessing: how images become the network's input.
-        classes: class names in the order of the network's outputs; the sorted folder names where not given.
+        classes: class names in the order of the network's outputs; the sorted names found where not given.
         limits: byte and pixel limits of one file.
-        labelled: whether the folders must be classes; if not, folders of other names leave the images unlabelled.
+        labelled: whether the names must be classes; if not, other names leave the images unlabelled.
 
     Raises:
-        DataError: nothing there, wrong shapes, or a class folder that the class list does not name.
+        DataError: nothing there, wrong shapes, or a class that the class list does not name.
     """
-    if path.suffix == ".npz" and path.is_file():
-        with np.load(path, allow_pickle=False) as archive:
-            if "images" not in archive:
-                raise DataError(f"{path} has no array `images`; it has {', '.join(archive.files)}")
-            labels = archive.get("labels")
-            return ArrayDataset(archive["images"], labels, preprocessing, classes=classes or (), source=str(path))
-    if path.is_dir():
-        return FileDataset(path, preprocessing, classes, limits or Limits(), labelled=labelled)
-    raise DataError(f"{path} is neither a folder of images nor an .npz file")
+    if str(path).endswith(".npz") and not is_uri(path) and Path(path).is_file():
+        return _open_npz(Path(path), preprocessing, classes)
+    files, limits = Files(path), limits or Limits()
+    if files.ending(IMAGE_SUFFIXES):
+        return FileDataset(files, preprocessing, classes, limits, labelled=labelled)
+    from detector.archives import ParquetDataset, TarDataset  # which are made of what this file holds
+
+    for kind in (ParquetDataset, TarDataset):
+        if files.ending([kind.suffix]):
+            return kind(files, preprocessing, classes, limits, labelled=labelled)
+    raise DataError(
+        f"{path} is neither an .npz nor a place that holds images ({', '.join(IMAGE_SUFFIXES)}), .parquet or .tar files"
+    )
+
+
+def _open_npz(path: Path, preprocessing: Preprocessing, classes: Sequence[str] | None) -> ArrayDataset:
+    with np.load(path, allow_pickle=False) as archive:
+        if "images" not in archive:
+            raise DataError(f"{path} has no array `images`; it has {', '.join(archive.files)}")
+        labels = archive.get("labels")
+        return ArrayDataset(archive["images"], labels, preprocessing, classes=classes or (), source=str(path))
 
 
 def batches(dataset: Dataset, batch_size: int, *, start: int = 0, workers: int | None = None) -> Iterator[Batch]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from detector.backbone import Backbone, Outputs, concatenate
 from detector.data import Dataset, Labels, batches
+from detector.errors import DataError
 from detector.images import image_ids
 from detector.scores import FitOptions, Gatherer, Score, registry, score_all
 from detector.scores.gather import known_ids
@@ -109,20 +110,32 @@ def collect(
     return Collected(concatenate(parts), dataset.labels, together)
 
 
-class FitScores(Protocol):
-    """`fit_scores`, or what does the same elsewhere."""
+class Gather(Protocol):
+    """`gather`, or what does the same elsewhere."""
 
     def __call__(
         self,
-        names: Sequence[str],
+        gatherers: Mapping[str, Gatherer],
         backbone: Backbone,
         dataset: Dataset,
         options: FitOptions,
-        *,
-        workdir: Path | None = None,
-        report: Report = silent,
-        resumed: Report = silent,
-    ) -> tuple[dict[str, Score], Tensor]: ...
+        start: int,
+    ) -> Iterator[Tensor]: ...
+
+
+def gather(
+    gatherers: Mapping[str, Gatherer], backbone: Backbone, dataset: Dataset, options: FitOptions, start: int
+) -> Iterator[Tensor]:
+    """Pass over the training images from `start` on, in their order, and let the gatherers take them in.
+
+    Yields:
+        ids int64 [N] of the images that all gatherers have taken in since the last.
+    """
+    early, inputs = (any(getattr(each.needs, name) for each in gatherers.values()) for name in ("early", "inputs"))
+    for outputs, labels in stream(backbone, dataset, start=start, early=early, inputs=inputs):
+        for gatherer in gatherers.values():
+            gatherer.add(outputs, labels)
+        yield known_ids(outputs)
 
 
 def fit_scores(
@@ -131,6 +144,7 @@ def fit_scores(
     dataset: Dataset,
     options: FitOptions,
     *,
+    engine: Gather = gather,
     workdir: Path | None = None,
     report: Report = silent,
     resumed: Report = silent,
@@ -142,34 +156,36 @@ def fit_scores(
         backbone: the network.
         dataset: labelled images.
         options: what every score is told.
+        engine: what passes over the images; any goes on from where another was interrupted.
         workdir: where progress is kept; a pass that was interrupted goes on from there. None keeps none.
         report: told of images done.
         resumed: told how many images an interrupted pass had done, where one goes on.
 
     Returns:
         the fitted scores by name, and the ids int64 [N] of the images they were fitted on.
+
+    Raises:
+        DataError: an image cannot be read, or the engine did not take in each image once.
     """
-    classes = registry()
-    scores = {name: classes[name](options) for name in names}
+    scores = {name: registry()[name](options) for name in names}
     gatherers = share_gatherers(scores.values())
     progress = Progress(workdir, fit_key(backbone, dataset, options, sorted(gatherers))) if workdir else None
     done, ids = progress.load(gatherers) if progress else (0, torch.zeros(0, dtype=torch.int64))
     if done:
         resumed(done)
         report(done)
-    early = any(gatherer.needs.early for gatherer in gatherers.values())
-    inputs = any(gatherer.needs.inputs for gatherer in gatherers.values())
-    for outputs, labels in stream(backbone, dataset, start=done, early=early, inputs=inputs):
-        for gatherer in gatherers.values():
-            gatherer.add(outputs, labels)
-        ids = torch.cat([ids, known_ids(outputs)])
-        if progress and len(ids) // SHARD > done // SHARD:
-            progress.save(gatherers, ids)
-        done = len(ids)
-        report(len(outputs))
+    parts = [ids]
+    for part in engine(gatherers, backbone, dataset, options, done):
+        parts.append(part)
+        before, done = done, done + len(part)
+        if progress and done // SHARD > before // SHARD:
+            progress.save(gatherers, torch.cat(parts))
+        report(len(part))
+    if done != len(dataset):
+        raise DataError(f"{done:,} images were taken in, of {len(dataset):,} training images; start the fit again")
     for score in scores.values():
         score.finalize(backbone)
-    return scores, ids
+    return scores, torch.cat(parts)
 
 
 def bind(scores: Mapping[str, Score]) -> None:
@@ -237,6 +253,6 @@ def fit_key(backbone: Backbone, dataset: Dataset, options: FitOptions, names: Se
     for name, value in sorted(backbone.module.state_dict().items()):
         weights.update(name.encode() + np.ascontiguousarray(value.detach().cpu().numpy()).tobytes())
     parts = [weights.hexdigest(), dataset.fingerprint(), backbone.preprocessing.model_dump_json(), backbone.early]
-    # What is gathered does not depend on how the OOD prototype is made of it.
-    told = asdict(replace(options, ood_images=None))
+    # What is gathered does not depend on how the OOD prototype is made of it, nor on how it is searched.
+    told = asdict(replace(options, ood_images=None, index=False))
     return hashlib.sha256(json.dumps([*parts, told, list(names), BATCH]).encode()).hexdigest()

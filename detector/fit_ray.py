@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fit scores on a Ray cluster: the pass over the training images, in shards. Needs the extra `ray`.
+"""The pass over the training images on a Ray cluster, in shards. Needs the extra `ray`.
 
 Ray Data decodes on the cores and runs the network on the accelerators; what each shard leaves behind is merged here, in
 the order of the images. A shard whose worker is lost is done again by Ray, and is counted once: the ids of its images
@@ -8,9 +8,8 @@ come with what was gathered from them, in one row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,61 +22,43 @@ from torch import Tensor, nn
 from detector.backbone import Backbone
 from detector.data import Dataset
 from detector.errors import DataError
-from detector.features import BATCH, Progress, Report, fit_key, share_gatherers, silent
+from detector.features import BATCH
 from detector.images import Preprocessing, image_ids
-from detector.scores import FitOptions, Gatherer, Score, registry
+from detector.scores import FitOptions, Gatherer
 
 SHARD = 8 * BATCH  # whole batches, so that every forward pass is the one of a local fit
-KEEP_EVERY = 10  # shards between two records of progress
 Row = dict[str, Any]
+Kinds = tuple[type[Gatherer], ...]
 
 
-def fit_scores(
-    names: Sequence[str],
+def gather(
+    gatherers: Mapping[str, Gatherer],
     backbone: Backbone,
     dataset: Dataset,
     options: FitOptions,
+    start: int,
     *,
-    workdir: Path | None = None,
-    report: Report = silent,
-    resumed: Report = silent,
     shard: int = SHARD,
-) -> tuple[dict[str, Score], Tensor]:
-    """Fit scores in one pass over labelled images, on the Ray cluster that `RAY_ADDRESS` names, or on this machine.
+) -> Iterator[Tensor]:
+    """`detector.features.gather` on the Ray cluster that `RAY_ADDRESS` names, or on this machine.
 
-    The files of the data set must be readable under the same paths on every node. Arguments and result are those of
-    `detector.features.fit_scores`; progress in `workdir` is shared with it. `shard`, rounded up to whole batches, is
-    how many images a worker holds, and how many leave one state behind, to be sent and merged: docs/scaling.md.
+    The files of the data set must be readable under the same paths or URIs on every node. `shard`, rounded up to whole
+    batches, is how many images a worker holds, and how many leave one state behind, to be sent and merged:
+    docs/scaling.md.
 
     Raises:
         DataError: an image cannot be read, or a shard came back other than asked for.
     """
     shard = -(-shard // BATCH) * BATCH
-    scores = {name: registry()[name](options) for name in names}
-    gatherers = share_gatherers(scores.values())
-    progress = Progress(workdir, fit_key(backbone, dataset, options, sorted(gatherers))) if workdir else None
-    done, ids = progress.load(gatherers) if progress else (0, torch.zeros(0, dtype=torch.int64))
-    if done:
-        resumed(done)
-        report(done)
-    parts = [ids]
-    rows = _shards(names, backbone, dataset, options, range(done, len(dataset), shard))
-    for number, row in enumerate(rows, start=1):
-        done += _merge(gatherers, options, row, range(done, min(done + shard, len(dataset))))
-        parts.append(torch.from_numpy(np.frombuffer(row["ids"], np.int64).copy()))
-        if progress and number % KEEP_EVERY == 0:
-            progress.save(gatherers, torch.cat(parts))
-        report(len(parts[-1]))
-    if done != len(dataset):
-        raise DataError(f"the cluster gave back {done:,} of {len(dataset):,} training images; start the fit again")
-    for score in scores.values():
-        score.finalize(backbone)
-    return scores, torch.cat(parts)
+    kinds = tuple(type(gatherer) for gatherer in gatherers.values())
+    for row in _shards(kinds, backbone, dataset, options, range(start, len(dataset), shard)):
+        expected = range(start, min(start + shard, len(dataset)))
+        _merge(gatherers, options, row, expected)
+        start = expected.stop
+        yield torch.from_numpy(np.frombuffer(row["ids"], np.int64).copy())
 
 
-def _shards(
-    names: Sequence[str], backbone: Backbone, dataset: Dataset, options: FitOptions, starts: range
-) -> Iterator[Row]:
+def _shards(kinds: Kinds, backbone: Backbone, dataset: Dataset, options: FitOptions, starts: range) -> Iterator[Row]:
     """What was gathered from each shard, in the order of the images."""
     if not starts:
         return
@@ -95,7 +76,7 @@ def _shards(
     # Without accelerators Ray joins the two stages in one worker, which saves it from passing the images on.
     shards = rows.map(_decode, fn_kwargs={"dataset": shared}, num_cpus=1).map(
         _Extract,
-        fn_constructor_args=(ray.put(network), tuple(names), options),
+        fn_constructor_args=(ray.put(network), kinds, options),
         compute=ActorPoolStrategy(min_size=1, max_size=places),
         num_cpus=0 if on_gpu else 1,
         num_gpus=1 if on_gpu else 0,
@@ -103,8 +84,8 @@ def _shards(
     yield from shards.iter_rows()
 
 
-def _merge(gatherers: Mapping[str, Gatherer], options: FitOptions, shard: Row, expected: range) -> int:
-    """Take in one shard; the number of its images. DataError where it has a problem, or is not the next one, whole."""
+def _merge(gatherers: Mapping[str, Gatherer], options: FitOptions, shard: Row, expected: range) -> None:
+    """Take in one shard. DataError where it has a problem, or is not the next one, whole."""
     if shard["problem"]:
         raise DataError(shard["problem"])
     images = len(shard["ids"]) // 8
@@ -118,7 +99,6 @@ def _merge(gatherers: Mapping[str, Gatherer], options: FitOptions, shard: Row, e
         part = type(gatherer)(options)
         part.restore({key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)})
         gatherer.merge(part)
-    return images
 
 
 @dataclass(frozen=True)
@@ -151,12 +131,12 @@ def _decode(row: Row, dataset: Any) -> Row:
 class _Extract:
     """A worker that owns the network: a shard of images in, what the scores gather from it out."""
 
-    def __init__(self, network: Any, names: tuple[str, ...], options: FitOptions) -> None:
+    def __init__(self, network: Any, kinds: Kinds, options: FitOptions) -> None:
         built: _Network = ray.get(network) if isinstance(network, ray.ObjectRef) else network
         self.backbone = Backbone(
             built.module, built.preprocessing, head=built.head, early=built.early, device=built.device
         )
-        self.names, self.options = names, options
+        self.kinds, self.options = kinds, options
 
     def __call__(self, row: Row) -> Row:
         if row["problem"]:
@@ -164,9 +144,8 @@ class _Extract:
         pixels = np.frombuffer(row["pixels"], np.uint8).reshape(tuple(row["shape"]))
         labels = torch.from_numpy(np.frombuffer(row["labels"], np.int64).copy())
         ids = torch.from_numpy(image_ids(pixels))
-        gatherers = share_gatherers(registry()[name](self.options) for name in self.names)
-        early = any(gatherer.needs.early for gatherer in gatherers.values())
-        inputs = any(gatherer.needs.inputs for gatherer in gatherers.values())
+        gatherers = {kind.__name__: kind(self.options) for kind in self.kinds}
+        early, inputs = (any(getattr(kind.needs, name) for kind in self.kinds) for name in ("early", "inputs"))
         for first in range(0, len(pixels), BATCH):
             part = slice(first, first + BATCH)
             batch = torch.from_numpy(pixels[part].copy())

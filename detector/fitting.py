@@ -19,11 +19,12 @@ from detector.calibrating import Calibrator, now
 from detector.calibration import calibration_rank, class_groups, exact, smallest_sample
 from detector.data import Dataset, Subset, batches
 from detector.errors import ArtifactError, CalibrationError, ClassOrderMismatch, DataError, ScoreError
-from detector.features import Collected, FitScores, Report, collect, fit_scores, silent, tune_scores
+from detector.features import Collected, Gather, Report, collect, fit_scores, gather, silent, tune_scores
 from detector.images import Preprocessing
 from detector.networks import NetworkSpec, export_network
 from detector.policy import Grouping, Policy
 from detector.scores import FitOptions, Fusion, registry
+from detector.scores.index import require_faiss
 from detector.scores.lowdim_full import chosen_parameters
 
 PUBLISHED = ("grood", "grood_norm")
@@ -67,7 +68,7 @@ def fit(
     half_weights: bool = False,
     device: str = "cpu",
     source: str = "",
-    engine: FitScores = fit_scores,
+    engine: Gather = gather,
     report: Report = silent,
     resumed: Report = silent,
 ) -> Manifest:
@@ -90,7 +91,7 @@ def fit(
             measured on the rounded network.
         device: where to compute.
         source: what to call the calibration images in the model card.
-        engine: what passes over the training images; `detector.fit_ray.fit_scores` does it on a Ray cluster.
+        engine: what passes over the training images; `detector.fit_ray.gather` does it on a Ray cluster.
         report: told of images done.
         resumed: told how many images an interrupted fit had done, where one goes on.
 
@@ -115,7 +116,9 @@ def fit(
     options = replace(options or FitOptions(), num_classes=backbone.num_classes)
     _refuse_options(options, backbone, names)
     workdir = out.with_name(f"{out.name}.fit.partial")
-    fitted, fit_ids = engine(names, backbone, train, options, workdir=workdir, report=report, resumed=resumed)
+    fitted, fit_ids = fit_scores(
+        names, backbone, train, options, engine=engine, workdir=workdir, report=report, resumed=resumed
+    )
     splits = {"fit": sorted_ids(fit_ids)}
     grouping = Grouping.single(backbone.num_classes)
     if tune is not None:
@@ -261,6 +264,8 @@ def _refuse_options(options: FitOptions, backbone: Backbone, names: Sequence[str
     """What a score would say after the whole pass over the training images, said before it."""
     if options.generator == "images" and options.ood_images is None:
         raise ScoreError("the generator `images` needs images: pass FitOptions(ood_images=...) or --ood-images PATH")
+    if options.index:
+        require_faiss()
     if any(registry()[name].backward for name in names):
         chosen_parameters(backbone, options.lowdim_parameters)
 

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from detector.policy import Verdict
+from detector.artifact import Manifest
+from detector.policy import Decider, Verdict
 from service.drift import OTHER, Drift, Reference, TestName, Thin, TopK
 from service.engine import ServedModel
 from service.errors import DriftStateMismatch, StateUnwritable
@@ -68,21 +69,10 @@ class Watch:
         if known is not None:
             self.end(name)
         stored = self._read(name)
-        decider = model.decider
-        drifts = []
-        for group, (cut, group_name) in enumerate(
-            zip(decider.thresholds, decider.calibration.grouping.names, strict=True)
-        ):
-            reference = Reference(
-                decider.calibration.scores[decider.policy.score_name][group],
-                cut.rank,
-                model.detector.manifest.model_digest,
-                decider.policy.score_name,
-                decider.policy.target_id_acceptance,
-                group_name,
-            )
-            drifts.append(_resumed(name, stored.get(group_name), reference))
         manifest = model.detector.manifest
+        drifts = [
+            _resumed(name, stored.get(reference.group), reference) for reference in references(manifest, model.decider)
+        ]
         classes = manifest.class_names
         self._streams[name] = _Stream(model, drifts, TopK(min(CLASS_LABELS, len(classes))))
         self._metrics.expect(manifest, classes if len(classes) <= CLASS_LABELS else [OTHER], [OTHER])
@@ -177,6 +167,22 @@ class Watch:
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.json"
+
+
+def references(manifest: Manifest, decider: Decider) -> list[Reference]:
+    """What the streams of a model under a policy are compared with: one for each calibration group."""
+    calibration, policy = decider.calibration, decider.policy
+    return [
+        Reference(
+            calibration.scores[policy.score_name][group],
+            cut.rank,
+            manifest.model_digest,
+            policy.score_name,
+            policy.target_id_acceptance,
+            name,
+        )
+        for group, (cut, name) in enumerate(zip(decider.thresholds, calibration.grouping.names, strict=True))
+    ]
 
 
 def _states(stream: _Stream) -> str:

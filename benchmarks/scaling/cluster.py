@@ -35,17 +35,23 @@ def machine(**environment: str) -> Iterator[None]:
 @contextmanager
 def serving(replicas: int) -> Iterator[str]:
     """The URL of oodgate with so many replicas; they are ready."""
-    from service.ray_serve import Oodgate
-
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 60})
-    deployment: Any = Oodgate
-    options = {"max_ongoing_requests": 64, "health_check_period_s": 1.0, "ray_actor_options": ACTOR}
-    serve.run(deployment.options(num_replicas=replicas, **options).bind(), name="oodgate")
+    release(replicas)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
+
+
+def release(replicas: int, **environment: str) -> None:
+    """Serve by so many replicas with these variables, in place of those that serve now; back when all do."""
+    from service.ray_serve import Oodgate
+
+    deployment: Any = Oodgate
+    actor = ACTOR | ({"runtime_env": {"env_vars": environment}} if environment else {})
+    options = {"max_ongoing_requests": 64, "health_check_period_s": 1.0, "ray_actor_options": actor}
+    serve.run(deployment.options(num_replicas=replicas, **options).bind(), name="oodgate")
 
 
 def free_port() -> int:

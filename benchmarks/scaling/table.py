@@ -26,7 +26,7 @@ STAGES = {
 
 def main() -> None:
     text = DOCUMENT.read_text()
-    for name, written in (("stages", stages()), ("bank", bank()), ("replicas", replicas())):
+    for name, written in (("stages", stages()), ("bank", bank()), ("replicas", replicas()), ("index", index())):
         text = replaced(text, name, written)
     DOCUMENT.write_text(text)
 
@@ -88,6 +88,27 @@ def bank_curve(rows: dict[str, dict[str, float]], score: str) -> dict[int, dict[
     """AUROC of a score by the size of the bank."""
     found = ((re.fullmatch(rf"`{score}`, bank of ([\d,]+)", title), row) for title, row in rows.items())
     return {int(match[1].replace(",", "")): row for match, row in found if match}
+
+
+def index() -> str:
+    measured = loaded(RESULTS / "index.json")
+    rows = [
+        f"| {int(size):,} | {each['exact_ms_in_batches_of_1']:.1f} | {each['index_ms_in_batches_of_1']:.1f} "
+        f"| {each['exact_ms_in_batches_of_32']:.1f} | {each['index_ms_in_batches_of_32']:.1f} "
+        f"| {100 * each['same_score']:.1f} | {100 * each['largest_excess']:.2f} | {each['training_s']:.0f} "
+        f"| {each['loading_s']:.1f} |"
+        for size, each in measured["rows"].items()
+    ]
+    return "\n".join(
+        [
+            "| bank rows | alone: exact | index | in batches of 32: exact | index | same score, % | farthest over, % "
+            "| fit, s | load, s |",
+            "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+            *rows,
+            "",
+            f"Features {measured['features']}; {measured['lists_searched']} lists searched. {conditions(measured)}",
+        ]
+    )
 
 
 def replicas() -> str:

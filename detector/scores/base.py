@@ -32,6 +32,7 @@ class FitOptions:
         ood_images: uint8 [N, H, W, 3], those images.
         lowdim_parameters: names of parameters or of modules that hold them, whose gradients `lowdim` and its forms look
             at; none means all parameters.
+        index: whether large banks are searched by the approximate index of `detector.scores.index`.
     """
 
     num_classes: int = 0
@@ -41,6 +42,7 @@ class FitOptions:
     generator: str = "mixup"
     ood_images: Tensor | None = field(default=None, compare=False, repr=False)
     lowdim_parameters: tuple[str, ...] = ()
+    index: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Score(ABC):
     name: ClassVar[str]
     gathers: ClassVar[tuple[type[Gatherer], ...]] = ()
     tensors: ClassVar[tuple[str, ...]] = ()  # attributes that are its state
+    optional: ClassVar[tuple[str, ...]] = ()  # further ones, which only some fits leave; else None
     backward: ClassVar[bool] = False  # runs a backward pass of its own; such a score never decides by default
     tuned: ClassVar[bool] = False  # cannot be used before `tune`
     members: ClassVar[tuple[str, ...]] = ()  # scores it is made of
@@ -149,7 +152,10 @@ class Score(ABC):
 
     def state(self) -> State:
         """The fitted tensors by name, without the score's own name as prefix."""
-        return {name: getattr(self, name) for name in self.tensors}
+        optional = {name: getattr(self, name) for name in self.optional}
+        return {name: getattr(self, name) for name in self.tensors} | {
+            name: value for name, value in optional.items() if value is not None
+        }
 
     @classmethod
     def from_state(cls, state: State, backbone: Backbone) -> Self:
@@ -175,6 +181,8 @@ class Score(ABC):
     def _take(self, state: State, backbone: Backbone) -> Self:
         for name in self.tensors:
             setattr(self, name, state[name].to(backbone.device))
+        for name in self.optional:
+            setattr(self, name, state.get(name))
         self._attach(backbone)
         return self
 

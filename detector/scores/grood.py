@@ -15,6 +15,7 @@ our own forms.
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -22,11 +23,14 @@ from torch import Tensor
 
 from detector.backbone import Backbone, Outputs
 from detector.errors import ScoreError
+from detector.scores import index
 from detector.scores.base import Gatherer, Score, State, register
 from detector.scores.gather import ClassSums, CorrectFeatures, EarlyMaps, Scatter
+from detector.scores.index import NearestIndex
 from detector.scores.nearest import CHUNK_CELLS, close, exact_distances, in_parts, products
 
 ROUNDING = 1e-5  # of a squared distance in float32, in units of the squared gradient
+CANDIDATES = 16  # rows that an index finds, of which the nearest counts
 LONGEST = 1e8  # of a gradient of the bank, in units of an image's; one so long is never the nearest
 SAFE_NORM = 1e-30  # a float32 gradient this short still has its direction
 GENERATORS = ("mixup", "noise", "prototype_mean", "images")
@@ -62,6 +66,23 @@ def gradient_bank(features: Tensor, prototypes: Tensor, ood_prototype: Tensor) -
     direction, log_pi = grood_gradient(features, prototypes, ood_prototype)
     bank = log_pi.exp()[:, None] * direction
     return bank.float() if bool((log_pi.exp() >= SAFE_NORM).all()) else bank
+
+
+def _polar(bank: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit directions float32 [B, D] and log lengths float64 [B] of gradients [B, D]."""
+    tiny = torch.finfo(bank.dtype).tiny  # a row of zeros has no direction
+    largest = bank.abs().amax(dim=1, keepdim=True).clamp_min(tiny)  # whose squares may underflow
+    norms = (largest[:, 0] * torch.linalg.vector_norm(bank / largest, dim=1)).clamp_min(tiny).double()
+    return bank.div(norms.to(bank.dtype)[:, None]).float(), norms.log()
+
+
+def _comparable(direction: Tensor, log_pi: Tensor) -> Tensor:
+    """Gradients as an index compares them, float32 [N, D + 1]: whatever their lengths, nothing underflows.
+
+    For lengths a and c, ||g - b||^2 / ac = ||u - v||^2 + 4 sinh^2(log(a / c) / 2), which to second order is the squared
+    distance between (u, log a) and (v, log c).
+    """
+    return torch.hstack([direction, log_pi[:, None]]).float()
 
 
 class GroodFamily(Score):
@@ -184,36 +205,44 @@ class Whitened(GroodFamily):
 
 @register
 class Grood(GroodFamily):
-    """Distance from an image's gradient to the nearest training gradient, exact.
+    """Distance from an image's gradient to the nearest training gradient: exact, unless the fit asked for an index.
 
     State: prototypes float32 [C, D], ood_prototype float32 [D], bank [B, D]: the training gradients, float32, or
-    float64 where one is too short for float32 to hold its direction.
+    float64 where one is too short for float32 to hold its direction; with an index, centres float32 [L, D + 1].
     """
 
     name: ClassVar[str] = "grood"
     gathers: ClassVar[tuple[type[Gatherer], ...]] = (ClassSums, EarlyMaps, CorrectFeatures)
     tensors: ClassVar[tuple[str, ...]] = ("prototypes", "ood_prototype", "bank")
+    optional: ClassVar[tuple[str, ...]] = ("centres",)
     bank: Tensor
+    centres: Tensor | None
 
     def _fit(self, backbone: Backbone) -> State:
         prototypes, ood_prototype = (part.float() for part in self._prototypes(backbone))
         bank = gradient_bank(self.got(CorrectFeatures).features(), prototypes, ood_prototype)
-        return {"prototypes": prototypes, "ood_prototype": ood_prototype, "bank": bank}
+        state = {"prototypes": prototypes, "ood_prototype": ood_prototype, "bank": bank}
+        return state | index.kept(_comparable(*_polar(bank)), self.options)
 
     def _attach(self, backbone: Backbone) -> None:
         super()._attach(backbone)
-        tiny = torch.finfo(self.bank.dtype).tiny  # a row of zeros has no direction
-        largest = self.bank.abs().amax(dim=1, keepdim=True).clamp_min(tiny)  # whose squares may underflow
-        norms = (largest[:, 0] * torch.linalg.vector_norm(self.bank / largest, dim=1)).clamp_min(tiny).double()
-        self._bank_directions = self.bank.div(norms.to(self.bank.dtype)[:, None]).float()
-        self._bank_log_pi = norms.log()
+        self._bank_directions, self._bank_log_pi = _polar(self.bank)
         self._shortest, self._longest = self._bank_log_pi.aminmax()
         lengths = (self._bank_log_pi - self._longest).exp()[:, None]
         self._bank_lengths = lengths.float() if float(lengths.min()) > SAFE_NORM else lengths
+        self._index = index.built(_comparable(self._bank_directions, self._bank_log_pi), self.centres)
 
     def _score(self, outputs: Outputs) -> Tensor:
         h, distances = self._placed(outputs)
-        return in_parts(self._nearest, CHUNK_CELLS // len(self.bank), *_gradient(h, self._anchors[-1], distances))
+        search = self._nearest if self._index is None else partial(self._found, self._index)
+        return in_parts(search, CHUNK_CELLS // len(self.bank), *_gradient(h, self._anchors[-1], distances))
+
+    def _found(self, index: NearestIndex, direction: Tensor, log_pi: Tensor) -> Tensor:
+        unit = torch.maximum(log_pi, self._shortest)
+        own = (log_pi - unit).exp()[:, None] * direction
+        rows = index.nearest(_comparable(direction, log_pi), min(CANDIDATES, len(self.bank)))
+        each = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
+        return self._distance(own[each], unit[each], rows.flatten()).view(rows.shape).amin(dim=1) * unit.exp()
 
     def _nearest(self, direction: Tensor, log_pi: Tensor) -> Tensor:
         # The nearest is no farther than ||g|| + the shortest gradient of the bank; in units of the longer of the two,
@@ -253,7 +282,8 @@ class GroodW(Whitened, Grood):
     def _state(self, share: float, temperature: float) -> State:
         state = super()._state(share, temperature)
         features = self.got(CorrectFeatures).features().double() @ state["whitening"].double()
-        return state | {"bank": gradient_bank(features, state["prototypes"], state["ood_prototype"])}
+        bank = gradient_bank(features, state["prototypes"], state["ood_prototype"])
+        return state | {"bank": bank} | index.kept(_comparable(*_polar(bank)), self.options)
 
 
 @register

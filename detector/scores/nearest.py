@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from detector.backbone import Backbone, Outputs
+from detector.scores import index
 from detector.scores.base import Gatherer, Score, State, register
 from detector.scores.gather import Features
 
@@ -28,27 +29,34 @@ class Knn(Score):
     from its neighbours, whatever it shows. Neighbours are found by a float32 matrix product, the distance to the k-th
     is then taken in float64.
 
-    State: bank float32 [B, D], rows of length one.
+    State: bank float32 [B, D], rows of length one; with an index, centres float32 [L, D] of its lists.
     """
 
     name: ClassVar[str] = "knn"
     gathers: ClassVar[tuple[type[Gatherer], ...]] = (Features,)
     tensors: ClassVar[tuple[str, ...]] = ("bank",)
+    optional: ClassVar[tuple[str, ...]] = ("centres",)
     bank: Tensor
+    centres: Tensor | None
 
     def _attach(self, backbone: Backbone) -> None:
         self.neighbours = neighbours(len(self.bank), backbone.num_classes)
+        self._index = index.built(self.bank, self.centres)
 
     def _fit(self, backbone: Backbone) -> State:
-        return {"bank": unit_rows(self.got(Features).features()).float()}
+        bank = unit_rows(self.got(Features).features()).float()
+        return {"bank": bank} | index.kept(bank, self.options)
 
     def _score(self, outputs: Outputs) -> Tensor:
         return in_parts(self._kth, CHUNK_CELLS // len(self.bank), outputs.features)
 
     def _kth(self, features: Tensor) -> Tensor:
         queries = unit_rows(features)
-        _, found = smallest(products(self.bank, -queries.float()), self.neighbours)
-        distance: Tensor = torch.linalg.vector_norm(queries - self.bank[found[-1]].double(), dim=1)
+        if self._index is not None:
+            last = self._index.nearest(queries, self.neighbours)[:, -1]
+        else:
+            last = smallest(products(self.bank, -queries.float()), self.neighbours)[1][-1]
+        distance: Tensor = torch.linalg.vector_norm(queries - self.bank[last].double(), dim=1)
         return distance
 
 

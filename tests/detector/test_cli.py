@@ -288,7 +288,7 @@ def test_a_folder_with_an_unreadable_file_names_it(fitted: Path, tmp_path: Path)
     (tmp_path / "bad.png").write_bytes(b"nothing")
     result = oodgate("calibrate", fitted, "--id", tmp_path, "--out", tmp_path / "m" / "1")
     assert "bad.png" in result.output
-    assert "Remove the file" in result.output
+    assert "Remove the image" in result.output
 
 
 @pytest.mark.parametrize(

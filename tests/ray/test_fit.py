@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from pyarrow.fs import FileSystem, LocalFileSystem, copy_files
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed; `make test-ray` brings it")
 
@@ -19,9 +21,10 @@ from detector import Detector, features, fit, fit_ray  # noqa: E402
 from detector.backbone import Backbone  # noqa: E402
 from detector.data import Dataset, open_dataset  # noqa: E402
 from detector.errors import DataError  # noqa: E402
-from detector.features import FitScores, silent  # noqa: E402
+from detector.features import Gather, fit_scores  # noqa: E402
 from detector.networks import CIFAR_PREPROCESSING  # noqa: E402
 from detector.scores import FitOptions, Score  # noqa: E402
+from tests.archives import write_parquet, write_tars  # noqa: E402
 from tests.helpers import TOY_CLASSES, toy_dataset, toy_images, toy_network  # noqa: E402
 
 SHARDS = 4
@@ -30,11 +33,29 @@ NAMES = ("grood", "mds", "vim", "knn", "nci")
 OPTIONS = FitOptions(num_classes=len(TOY_CLASSES), bank_size=200, mixup_images=40)
 
 
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The URI of a bucket of a server that speaks S3; its address and keys are in the environment."""
+    moto = pytest.importorskip("moto.server", reason="moto is not installed; `make test-ray` brings it")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            environment.setenv(name, "testing")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        system, _ = FileSystem.from_uri("s3://images?allow_bucket_creation=true")
+        system.create_dir("images")
+        yield "s3://images"
+    server.stop()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
+def cluster(bucket: str) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker has: another number of threads adds in another order
-    with machine(OODGATE_COMPILE="off"):
+    with machine(OODGATE_COMPILE="off", **{name: os.environ[name] for name in os.environ if name.startswith("AWS_")}):
         yield
     torch.set_num_threads(threads)
 
@@ -60,7 +81,7 @@ def backbone() -> Backbone:
 
 @pytest.fixture(scope="module")
 def local(backbone: Backbone, dataset: Dataset) -> tuple[dict[str, Score], torch.Tensor]:
-    return features.fit_scores(NAMES, backbone, dataset, OPTIONS)
+    return fit_scores(NAMES, backbone, dataset, OPTIONS)
 
 
 def gathered(scores: dict[str, Score]) -> dict[str, torch.Tensor]:
@@ -82,18 +103,58 @@ def test_the_result_is_that_of_a_local_fit(
     backbone: Backbone, dataset: Dataset, local: tuple[dict[str, Score], torch.Tensor]
 ) -> None:
     told: list[int] = []
-    fitted = fit_ray.fit_scores(NAMES, backbone, dataset, OPTIONS, report=told.append)
+    fitted = fit_scores(NAMES, backbone, dataset, OPTIONS, engine=fit_ray.gather, report=told.append)
     assert sum(told) == len(dataset) == IMAGES
     assert_same(fitted, local)
 
 
+@pytest.mark.parametrize("engine", [fit_ray.gather, features.gather], ids=["ray", "local"])
+@pytest.mark.parametrize("form", ["parquet", "tars"])
+@pytest.mark.parametrize("place", ["here", "s3"])
+def test_archives_here_and_on_s3_give_the_result_of_the_folder(
+    place: str,
+    form: str,
+    engine: Gather,
+    folder: Path,
+    bucket: str,
+    backbone: Backbone,
+    local: tuple[dict[str, Score], torch.Tensor],
+    tmp_path: Path,
+) -> None:
+    write: Callable[[Path, Path], None] = {"parquet": write_parquet, "tars": write_tars}[form]
+    write(folder, tmp_path)
+    where = str(tmp_path)
+    if place == "s3":
+        where = f"{bucket}/{form}"
+        system, path = FileSystem.from_uri(where)
+        copy_files(str(tmp_path), path, source_filesystem=LocalFileSystem(), destination_filesystem=system)
+    archive = open_dataset(where, CIFAR_PREPROCESSING, classes=TOY_CLASSES)
+    assert_same(fit_scores(NAMES, backbone, archive, OPTIONS, engine=engine), local)
+
+
+def test_class_folders_on_s3_give_the_result_of_those_here(
+    folder: Path, bucket: str, backbone: Backbone, tmp_path: Path
+) -> None:
+    few = tmp_path / "few"
+    for path in sorted(folder.rglob("*.png"))[::40]:
+        (few / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (few / path.parent.name / path.name).write_bytes(path.read_bytes())
+    system, path_there = FileSystem.from_uri(f"{bucket}/folders")
+    copy_files(str(few), path_there, source_filesystem=LocalFileSystem(), destination_filesystem=system)
+    here, there = (
+        open_dataset(where, CIFAR_PREPROCESSING, classes=TOY_CLASSES) for where in (few, f"{bucket}/folders")
+    )
+    expected = fit_scores(NAMES, backbone, here, OPTIONS)
+    assert_same(fit_scores(NAMES, backbone, there, OPTIONS, engine=partial(fit_ray.gather, shard=64)), expected)
+
+
 def test_a_whole_fit_decides_by_the_same_thresholds(dataset: Dataset, tmp_path: Path) -> None:
-    def fitted(engine: FitScores) -> Detector:
-        out = tmp_path / engine.__module__ / "1"
+    def fitted(engine: Gather, name: str) -> Detector:
+        out = tmp_path / name / "1"
         fit(toy_network(), dataset, toy_dataset(300, seed=2), out, options=OPTIONS, scores=["grood"], engine=engine)
         return Detector.load(out, device="cpu", precision="fp32")
 
-    here, there = fitted(features.fit_scores), fitted(fit_ray.fit_scores)
+    here, there = fitted(features.gather, "local"), fitted(fit_ray.gather, "ray")
     assert [cut.value for cut in there.decider.thresholds] == [cut.value for cut in here.decider.thresholds]
     prototypes = [detector.fitted["grood"].state()["prototypes"] for detector in (here, there)]
     torch.testing.assert_close(prototypes[1], prototypes[0], rtol=1e-10, atol=1e-10)
@@ -109,21 +170,21 @@ def test_a_worker_that_dies_costs_no_image_and_counts_none_twice(
             killed.append(workers("MapWorker")[0])
             os.kill(killed[0], signal.SIGKILL)
 
-    fitted = fit_ray.fit_scores(NAMES, backbone, dataset, OPTIONS, report=kill_the_worker)
+    fitted = fit_scores(NAMES, backbone, dataset, OPTIONS, engine=fit_ray.gather, report=kill_the_worker)
     assert killed
     assert_same(fitted, local)
 
 
-@pytest.mark.parametrize("engine", [fit_ray.fit_scores, features.fit_scores], ids=["ray", "local"])
+@pytest.mark.parametrize("engine", [fit_ray.gather, features.gather], ids=["ray", "local"])
 def test_a_fit_that_was_interrupted_goes_on_where_it_stopped(
-    engine: FitScores,
+    engine: Gather,
     backbone: Backbone,
     dataset: Dataset,
     local: tuple[dict[str, Score], torch.Tensor],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fit_ray, "KEEP_EVERY", 1)
+    monkeypatch.setattr(features, "SHARD", fit_ray.SHARD)
 
     class Interrupted(Exception): ...
 
@@ -131,9 +192,9 @@ def test_a_fit_that_was_interrupted_goes_on_where_it_stopped(
         raise Interrupted
 
     with pytest.raises(Interrupted):
-        fit_ray.fit_scores(NAMES, backbone, dataset, OPTIONS, workdir=tmp_path, report=interrupt)
+        fit_scores(NAMES, backbone, dataset, OPTIONS, engine=fit_ray.gather, workdir=tmp_path, report=interrupt)
     resumed: list[int] = []
-    fitted = engine(NAMES, backbone, dataset, OPTIONS, workdir=tmp_path, report=silent, resumed=resumed.append)
+    fitted = fit_scores(NAMES, backbone, dataset, OPTIONS, engine=engine, workdir=tmp_path, resumed=resumed.append)
     assert resumed == [fit_ray.SHARD]
     assert_same(fitted, local)
 
@@ -150,7 +211,7 @@ def test_a_shard_that_comes_twice_is_refused(
 
     monkeypatch.setattr(fit_ray, "_shards", twice)
     with pytest.raises(DataError, match="were due"):
-        fit_ray.fit_scores(["mds"], backbone, dataset, OPTIONS)
+        fit_scores(["mds"], backbone, dataset, OPTIONS, engine=fit_ray.gather)
 
 
 def test_an_image_that_cannot_be_read_is_named(backbone: Backbone, tmp_path: Path) -> None:
@@ -158,5 +219,5 @@ def test_an_image_that_cannot_be_read_is_named(backbone: Backbone, tmp_path: Pat
     broken = tmp_path / TOY_CLASSES[0] / "broken.png"
     broken.write_bytes(b"junk")
     dataset = open_dataset(tmp_path, CIFAR_PREPROCESSING, classes=TOY_CLASSES)
-    with pytest.raises(DataError, match=r"broken\.png.*Remove the file"):
-        fit_ray.fit_scores(["mds"], backbone, dataset, OPTIONS)
+    with pytest.raises(DataError, match=r"broken\.png.*Remove the image"):
+        fit_scores(["mds"], backbone, dataset, OPTIONS, engine=fit_ray.gather)

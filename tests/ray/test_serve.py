@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from threading import Event
 
 import httpx
 import pytest
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed; `make test-ray` brings it")
 
-from benchmarks.scaling.cluster import machine, replicas, serving  # noqa: E402
-from tests.helpers import EMBEDDED, GOOD  # noqa: E402
+from benchmarks.scaling.cluster import machine, release, replicas, serving  # noqa: E402
+from tests.helpers import EMBEDDED, GOOD, toy_model  # noqa: E402
 
 PNG = {"content-type": "image/png"}
 RETRIES = 3
@@ -72,3 +74,30 @@ def test_a_replica_killed_under_load_loses_no_request_that_is_sent_again(url: st
     assert len(outcomes) == REQUESTS
     assert [statuses for statuses in outcomes if statuses[-1] != 200] == []
     assert {status for statuses in outcomes for status in statuses} <= {200, 500, 503}
+
+
+def test_a_new_version_takes_over_replica_by_replica_without_a_lost_request(url: str, tmp_path: Path) -> None:
+    toy_model(tmp_path / "toy" / "2")
+    released = Event()
+
+    def ask(client: httpx.Client) -> list[tuple[int, str]]:
+        """Status and model of each answer, until some time after the release."""
+        answers: list[tuple[int, str]] = []
+        after = 0
+        while after < 20:
+            after += released.is_set()
+            answer = client.post("/v1/verdict", content=GOOD, headers=PNG)
+            model = answer.json().get("model", {})
+            answers.append((answer.status_code, f"{model.get('name')}/{model.get('version')}"))
+        return answers
+
+    with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(8) as callers:
+        asked = [callers.submit(ask, client) for _ in range(8)]
+        try:
+            release(2, OODGATE_MODELS=str(tmp_path))
+        finally:
+            released.set()
+        answers = [answer for future in asked for answer in future.result()]
+    assert {status for status, _ in answers} == {200}
+    assert {model for _, model in answers} == {"cifar10/1", "toy/2"}
+    assert {future.result()[-1] for future in asked} == {(200, "toy/2")}

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: a network with a gradient bank of any size, and the ways to run it.
+
+Weights, bank and calibration are made at random: they change what comes out, not what it costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from detector.backbone import Backbone, Outputs, Precision
+from detector.forward import Forward
+from detector.images import Preprocessing
+from detector.policy import DOUBT, CalibrationScores, Decider, Grouping, Policy, Verdict
+from detector.scores import Grood, score_all
+
+CALIBRATION = 1_000
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backbone in one precision, GROOD with a bank, and a decider; the engine's own steps on them."""
+
+    backbone: Backbone
+    grood: Grood
+    decider: Decider
+
+    def start(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Host uint8 images up, forward and score started: logits and scores, on the device."""
+        return self.score(self.backbone.outputs(images))
+
+    def score(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
+        """Logits, and the score of each image, on the device."""
+        return outputs.logits, score_all({"grood": self.grood}, ("grood",), outputs)["grood"]
+
+    def finish(self, started: tuple[Tensor, Tensor]) -> list[Verdict]:
+        """Verdicts of what was started."""
+        logits, scores = started
+        return self.decider.decide(logits.cpu(), {"grood": scores.cpu().numpy()})
+
+
+def subject(network: str, size: int, bank: int, classes: int, device: str, precision: Precision) -> Subject:
+    """A torchvision network with random weights, and a bank of so many rows."""
+    torch.manual_seed(0)
+    module: nn.Module = getattr(models, network)(num_classes=classes)
+    preprocessing = Preprocessing(resize=size, crop=(size, size))
+    backbone = Backbone(module, preprocessing, device=device, precision=precision)
+    generator = torch.Generator().manual_seed(0)
+    width = backbone.weight.shape[1]
+    made = {"prototypes": classes, "bank": bank}
+    state = {name: torch.randn(rows, width, generator=generator) for name, rows in made.items()}
+    state["bank"] /= state["bank"].norm(dim=1, keepdim=True)
+    state["ood_prototype"] = state["prototypes"].mean(dim=0)
+    scores = np.random.default_rng(0).random(CALIBRATION)
+    grouping = Grouping.single(classes)
+    calibration = CalibrationScores.build(
+        grouping, {"grood": scores, DOUBT: scores}, np.zeros(CALIBRATION, dtype=np.int64)
+    )
+    decider = Decider(Policy(score_name="grood"), calibration, [str(index) for index in range(classes)])
+    return Subject(backbone, Grood.from_state(state, backbone), decider)
+
+
+def bare(backbone: Backbone, *, channels_last: bool = True) -> Forward:
+    """The forward with nothing around it, its weights in the order of memory asked for."""
+    forward = Forward(
+        backbone.module, backbone.head, backbone.weight, backbone.bias, backbone.preprocessing, backbone.precision
+    )
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    forward.to(memory_format=order)  # type: ignore[call-overload] # missing from torch's stubs
+    return forward
+
+
+class Bucketed:
+    """A compiled forward for each power of two of batch sizes; CUDA graphs where the device is one.
+
+    A batch is filled up to its bucket, and what comes out is copied: the next replay of a graph writes to its place.
+    """
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self._compiled: dict[int, Callable[[Tensor], Pair]] = {}
+
+    def __call__(self, images: Tensor) -> Pair:
+        size = 1 << (len(images) - 1).bit_length()
+        if size not in self._compiled:
+            mode: Any = "reduce-overhead" if images.is_cuda else None
+            self._compiled[size] = torch.compile(self._forward, dynamic=False, mode=mode)
+        filled = images
+        if len(images) < size:
+            filled = images.new_zeros(size, *images.shape[1:])
+            filled[: len(images)] = images
+        logits, penultimate = self._compiled[size](filled)
+        return logits[: len(images)].clone(), penultimate[: len(images)].clone()
