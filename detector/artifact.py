@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -124,6 +125,15 @@ class Artifact:
     report: dict[str, Any] = field(default_factory=dict)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses into an ArtifactError that names the path."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} cannot be written: {error}. Make room there, or choose another place") from error
+
+
 def save(artifact: Artifact, directory: Path) -> Manifest:
     """Write a new model directory; it appears whole or not at all.
 
@@ -131,30 +141,31 @@ def save(artifact: Artifact, directory: Path) -> Manifest:
         the manifest with its digests.
 
     Raises:
-        ArtifactError: the directory exists already.
+        ArtifactError: the directory exists already, or cannot be written.
         SplitOverlap: one image lies in two splits.
     """
     if directory.exists():
         raise ArtifactError(f"{directory} exists; choose another version")
     check_disjoint(artifact.splits)
-    partial = directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {SCORES: artifact.scores, CALIBRATION: artifact.calibration, SPLITS: artifact.splits}
-    for name, content in (tensors | {GOLDEN: artifact.golden}).items():
-        save_file(_stored(content), partial / name)
-    if artifact.weights is not None:
-        save_file(_stored(artifact.weights), partial / WEIGHTS)
-    if artifact.export is not None:
-        (partial / EXPORT).write_bytes(artifact.export)
-    (partial / REPORT).write_text(_pretty(artifact.report))
-    for path in partial.iterdir():
-        path.chmod(0o644)  # the server often runs as another user than the one who fitted
-    files = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
-    manifest = artifact.manifest.model_copy(update={"files": files})
-    manifest = manifest.model_copy(update={"model_digest": manifest.digest()})
-    _write_manifest(manifest, partial)
-    partial.rename(directory)
+    with writing(directory):
+        partial = directory.with_name(f"{directory.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tensors = {SCORES: artifact.scores, CALIBRATION: artifact.calibration, SPLITS: artifact.splits}
+        for name, content in (tensors | {GOLDEN: artifact.golden}).items():
+            save_file(_stored(content), partial / name)
+        if artifact.weights is not None:
+            save_file(_stored(artifact.weights), partial / WEIGHTS)
+        if artifact.export is not None:
+            (partial / EXPORT).write_bytes(artifact.export)
+        (partial / REPORT).write_text(_pretty(artifact.report))
+        for path in partial.iterdir():
+            path.chmod(0o644)  # the server often runs as another user than the one who fitted
+        files = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
+        manifest = artifact.manifest.model_copy(update={"files": files})
+        manifest = manifest.model_copy(update={"model_digest": manifest.digest()})
+        _write_manifest(manifest, partial)
+        partial.rename(directory)
     return manifest
 
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from detector.artifact import writing
 from detector.backbone import Backbone, Outputs, concatenate
 from detector.data import Dataset, Labels, batches
 from detector.errors import DataError
@@ -237,14 +238,15 @@ class Progress:
         return len(ids), ids
 
     def save(self, gatherers: Mapping[str, Gatherer], ids: Tensor) -> None:
-        """Write what was gathered from the images of these ids."""
+        """Write what was gathered from the images of these ids; ArtifactError where the disk does not take it."""
         gathered = {
             f"{name}.{key}": value for name, kind in gatherers.items() for key, value in kind.progress().items()
         }
         tensors = {key: value.contiguous() for key, value in gathered.items()} | {"ids": ids}
         partial = self.path.with_suffix(".partial")
-        save_file(tensors, partial, {"key": self.key})
-        partial.replace(self.path)
+        with writing(self.path):
+            save_file(tensors, partial, {"key": self.key})
+            partial.replace(self.path)
 
 
 def fit_key(backbone: Backbone, dataset: Dataset, options: FitOptions, names: Sequence[str]) -> str:

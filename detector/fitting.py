@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,14 @@ from detector.backbone import Backbone, Precision
 from detector.calibrating import Calibrator, now
 from detector.calibration import calibration_rank, class_groups, exact, smallest_sample
 from detector.data import Dataset, Subset, batches
-from detector.errors import ArtifactError, CalibrationError, ClassOrderMismatch, DataError, ScoreError
+from detector.errors import (
+    ArtifactError,
+    CalibrationError,
+    ClassOrderMismatch,
+    DataError,
+    ScoreError,
+    SplitOverlap,
+)
 from detector.features import Collected, Gather, Report, collect, fit_scores, gather, silent, tune_scores
 from detector.images import Preprocessing
 from detector.networks import NetworkSpec, export_network
@@ -106,6 +113,7 @@ def fit(
     policy = policy or Policy(score_name=default_decider(tuned=tune is not None))
     names = with_members(scores or default_scores(tuned=tune is not None), policy.score_name)
     _refuse_early(out, calibration, tune, policy, names, per_class=per_class)
+    _refuse_same({"training": train, "calibration": calibration, "tune": tune})
     if half_weights:
         round_to_half(network.module)
     export = _export(network)
@@ -298,6 +306,16 @@ def _refuse_early(
     share = policy.guarantee.model_copy(update={"delta": policy.guarantee.delta / len(budgets)})
     for budget in budgets:
         calibration_rank(len(calibration), budget, share)
+
+
+def _refuse_same(sets: Mapping[str, Dataset | None]) -> None:
+    """Two splits that are one and the same; single images that two of them share show when all have been read."""
+    known: dict[str, str] = {}
+    for name, dataset in sets.items():
+        if dataset is not None:
+            first = known.setdefault(dataset.fingerprint(), name)
+            if first != name:
+                raise SplitOverlap(f"the {first} images and the {name} images are the same; they must be disjoint")
 
 
 def _class_names(network: Network, backbone: Backbone) -> tuple[str, ...]:

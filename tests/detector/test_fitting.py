@@ -119,8 +119,11 @@ def test_a_wrong_number_of_class_names_is_refused(tmp_path: Path) -> None:
 
 
 def test_calibration_images_that_were_fitted_on_are_refused(tmp_path: Path) -> None:
+    images, labels = toy_images(200, seed=1)
+    train = ArrayDataset(images, labels, CIFAR_PREPROCESSING, classes=TOY_CLASSES)
+    calibration = ArrayDataset(images[:100], labels[:100], CIFAR_PREPROCESSING, classes=TOY_CLASSES)
     with pytest.raises(SplitOverlap, match="100 of 100 calibration images"):
-        fit(toy_network(), toy_dataset(100, 1), toy_dataset(100, 1), tmp_path / "m" / "1", options=OPTIONS)
+        fit(toy_network(), train, calibration, tmp_path / "m" / "1", options=OPTIONS)
 
 
 def test_a_few_shared_images_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -237,6 +240,27 @@ def test_an_interrupted_fit_goes_on_and_gives_the_same_bits(tmp_path: Path, monk
     assert torch.equal(ids, resumed_ids)
     expected = straight["grood"].state()
     assert all(torch.equal(value, expected[name]) for name, value in resumed["grood"].state().items())
+
+
+def test_a_disk_that_takes_no_progress_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detector.features.SHARD", 128)
+    network = toy_network()
+    (tmp_path / "progress.partial").mkdir()  # stands in the way as a full disk would
+    with pytest.raises(ArtifactError, match=r"progress\.safetensors cannot be written: .*Make room there"):
+        fit_scores(
+            ["grood"], Backbone(network.module, network.preprocessing), toy_dataset(600, 1), OPTIONS, workdir=tmp_path
+        )
+
+
+def test_a_split_named_twice_is_refused_before_anything_is_fitted(tmp_path: Path) -> None:
+    class Unread(ArrayDataset):
+        def read(self, index: int) -> Pixels:
+            raise AssertionError
+
+    images, labels = toy_images(300, seed=1)
+    train, tune = (Unread(images, labels, CIFAR_PREPROCESSING, classes=TOY_CLASSES, source="toy1") for _ in range(2))
+    with pytest.raises(SplitOverlap, match="the training images and the tune images are the same"):
+        fit(toy_network(), train, toy_dataset(200, 2), tmp_path / "mine" / "1", tune=tune)
 
 
 def test_progress_of_other_weights_or_images_is_not_taken_up(tmp_path: Path) -> None:
