@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 MINUTES ?= 15
+WORKERS ?= 2
 # OpenMP threads that spin while waiting collapse beside a busy neighbour.
 export OMP_WAIT_POLICY = PASSIVE
 
@@ -15,7 +16,7 @@ serve: $(VENV)/.serve
 GREENLETS := tests/e2e/test_oip_clients.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --ignore $(GREENLETS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore $(GREENLETS)
 	$(BIN)/python -m pytest $(GREENLETS)
 
 # oodgate on a real Ray, serving and fitting; Ray has an environment of its own, with the libraries of the other behind it.

@@ -35,6 +35,8 @@ HANDLERS = {
     "/v1/models/{name}/verdict": ("POST",),
     "/v1/models/{name}/versions/{version}/verdict": ("POST",),
     "/v1/explain": ("POST",),
+    "/v1/models/{name}/explain": ("POST",),
+    "/v1/models/{name}/versions/{version}/explain": ("POST",),
     "/v2/models/{name}/infer": ("POST",),
     "/v2/models/{name}/versions/{version}/infer": ("POST",),
     GATE: ("POST", "PUT"),
