@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from detector.artifact import CALIBRATION, SPLITS
 from detector.errors import OodgateError
 from detector.explain import Explanation, heat_png, png
 from detector.images import Pixels
@@ -122,6 +123,8 @@ class CalibrationBody(BaseModel):
     guarantee: dict[str, Any]
     expected_acceptance_interval: tuple[float, float]
     promise: str
+    scores_digest: str = Field(description="Of the file of calibration scores.")
+    splits_digest: str = Field(description="Of the file with the digests of the images in each split.")
 
 
 class ForwardBody(BaseModel):
@@ -207,6 +210,7 @@ def model_card(registry: Registry, name: str) -> ModelCard:
     """What a model is, what calibrated it and what that promises; and why an update of it failed."""
     model, failure = registry.get(name), registry.failure(name)
     manifest, decider = model.detector.manifest, model.decider
+    interval = decider.expected_acceptance()
     return ModelCard(
         name=manifest.name,
         version=manifest.version,
@@ -224,8 +228,10 @@ def model_card(registry: Registry, name: str) -> ModelCard:
             timestamp=manifest.calibration.timestamp,
             target_id_acceptance=decider.policy.target_id_acceptance,
             guarantee=decider.policy.guarantee.model_dump(),
-            expected_acceptance_interval=decider.expected_acceptance(),
-            promise=promise(decider.policy, decider.calibration.grouping.names),
+            expected_acceptance_interval=interval,
+            promise=promise(decider.policy, decider.calibration.grouping.names, interval),
+            scores_digest=f"sha256:{manifest.files[CALIBRATION]}",
+            splits_digest=f"sha256:{manifest.files[SPLITS]}",
         ),
         forward=ForwardBody(**asdict(registry.forward(name))),
         report=manifest.report,
@@ -233,12 +239,14 @@ def model_card(registry: Registry, name: str) -> ModelCard:
     )
 
 
-def promise(policy: Policy, groups: Sequence[str]) -> str:
-    """The guarantee in one sentence."""
+def promise(policy: Policy, groups: Sequence[str], interval: tuple[float, float]) -> str:
+    """The guarantee in one sentence, with the 95 % interval of what such calibrations accept."""
     share = (
         f"at least {policy.target_id_acceptance:.4g} of the images distributed as the calibration images are accepted"
     )
     where = "" if len(groups) == 1 else ", in each calibration group"
     sure = f"in {1 - policy.guarantee.delta:.4g} of calibrations"
     how = {"pac": sure, "simultaneous": f"for every target at once, {sure}", "marginal": "on average over calibrations"}
-    return f"{share}{where}, {how[policy.guarantee.kind]}; nothing is promised about OOD images."
+    low, high = interval
+    spread = f"95 % of such calibrations accept {low:.4f} to {high:.4f}"
+    return f"{share}{where}, {how[policy.guarantee.kind]} ({spread}); nothing is promised about OOD images."

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import decode, score_cost
-from benchmarks.heat import table
+from benchmarks.heat import chosen_of, table
 from benchmarks.readme import results
 from benchmarks.scaling import table as scaling
 from detector.artifact import read_manifest
@@ -108,7 +108,11 @@ def test_the_performance_page_shows_what_was_measured() -> None:
 
 def test_the_heat_maps_compared_are_those_that_were_measured() -> None:
     measured = json.loads((ROOT / "benchmarks" / "results" / "heat.json").read_text())
-    assert table(measured["maps"]) in (ROOT / "docs" / "console.md").read_text()
+    page = (ROOT / "docs" / "console.md").read_text()
+    assert table(measured["report"]) in page
+    assert measured["chosen"] == chosen_of(measured["choice"]) == "occlusion by the rest of the image"
+    pointing = [f"{row['pointing']:.2f}" for row in measured["choice"][measured["chosen"]].values()]
+    assert " / ".join(pointing) in page
 
 
 def test_the_reliability_page_shows_what_was_measured() -> None:

@@ -14,6 +14,7 @@ export class Failure extends Error {
     super(message);
     this.status = status;
     this.problem = problem;
+    this.ofImage = [413, 415, 422].includes(status); // another try changes nothing
   }
 }
 
@@ -33,16 +34,19 @@ export async function call(path, options = {}) {
   return body;
 }
 
+/** What the server says of an image, without the number it had in the request. */
+export const plain = ({ detail = "" }) => detail.replace(/^image \d+: /, "");
+
 export function inWords(status, problem) {
-  const detail = problem.detail ?? "";
+  const detail = plain(problem);
   const sentences = {
     401: "This server wants to know who asks. Type your token under “Token” above, then try again.",
     403: problem.code === "admin_disabled"
       ? "Nothing can be changed here: the server was started without an admin token."
       : "Only the admin may do this. Type the admin's token under “Token” above.",
-    413: `That is too much for this server: ${detail || "send a smaller image, or fewer at once."}`,
+    413: `That is too much for this server: ${detail || "Send a smaller image, or fewer at once."}`,
     415: "This kind of file is not supported. Save it as JPEG, PNG or WebP and try again.",
-    422: `This file cannot be used: ${detail}`,
+    422: `This file cannot be used: ${detail}. Open it in an image viewer and save it again as JPEG or PNG.`,
     429: `The server is busy. Wait ${problem.retry_after_s ?? "a few"} s, then try again.`,
     503: "The server is not ready: it is starting, stopping or restarting. Try again in a few seconds.",
     504: "The server is overloaded and gave up on this request. Try again with fewer images.",

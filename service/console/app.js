@@ -10,14 +10,24 @@ import * as tryIt from "./try.js";
 const tabs = [...document.querySelectorAll("[role=tab]")];
 const panel = (tab) => document.getElementById(tab.getAttribute("aria-controls"));
 
-function report(error) {
-  const place = $("#problem");
+let again = null; // what to do once more when the cause is gone
+
+function report(error, retry = null) {
+  const place = $("#problem"), news = error && place.firstChild?.textContent !== error.message;
+  again = error && !error.ofImage ? retry : null;
   place.hidden = !error;
-  place.replaceChildren(error ? el("span", {}, error.message) : "");
-  if (error?.status === 401 || error?.problem?.code === "admin_only") {
+  place.replaceChildren(...(error ? [el("span", {}, error.message)] : []),
+    ...(again ? [el("button", { onclick: tryAgain }, "Try again")] : []));
+  if (news && (error.status === 401 || error.problem?.code === "admin_only")) {
     $("#access").open = true;
     $("#token").focus();
   }
+}
+
+function tryAgain() {
+  const once = again;
+  report(null);
+  once?.();
 }
 
 function select(name) {
@@ -58,19 +68,22 @@ async function useToken(value) {
   showToken();
   try {
     await call("v1/models");
-    report(null);
+    const once = again;
     $("#access").open = false;
     select(location.hash.slice(1));
+    tryIt.introduce().catch(() => {});
+    once?.();
   } catch (error) {
-    report(error);
+    report(error, again); // what waits for a token goes on waiting
   }
 }
 $("#token-form").addEventListener("submit", (event) => { event.preventDefault(); useToken($("#token").value.trim()); });
 $("#token-forget").addEventListener("click", () => useToken(""));
 addEventListener("keydown", ({ key }) => { if (key === "Escape") $("#access").open = false; });
-addEventListener("offline", () => report(new Error("Your network is down. What is on the page stays; try again once it is back.")));
-addEventListener("online", () => report(null));
+addEventListener("offline", () => report(new Error("Your network is down. What is on the page stays; try again once it is back."), again));
+addEventListener("online", tryAgain);
 
 showToken();
 await tryIt.start(report);
+tryIt.introduce().catch(() => {}); // asked again with a token
 select(location.hash.slice(1));

@@ -7,22 +7,34 @@ const drawn = new Map(); // element -> how to draw it again, when the width or t
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
-const axis = (label) => ({
-  label, stroke: colour("ink"), grid: { stroke: colour("line"), width: 1 }, ticks: { stroke: colour("line") },
-  font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif", labelSize: 20, size: label ? 44 : 40,
-});
+const FONT = "12px system-ui, sans-serif";
 
-function chart(label, height, options, data) {
+const axis = (label, size) => ({
+  label: label || null, stroke: colour("soft"), grid: { stroke: colour("line"), width: 1 }, ticks: { show: false },
+  font: FONT, labelFont: FONT, labelSize: 18, labelGap: 0, gap: 6, size,
+});
+const across = (label) => axis(label, 26);
+const upwards = (label, size = 44) => axis(label, size);
+
+function chart(label, height, marks, options, data) {
   const element = el("div", { class: "chart", role: "img", "aria-label": label });
   element.style.minHeight = `${height}px`; // so that nothing jumps while it is drawn
   const draw = () => {
     if (!element.clientWidth) return;
     element.replaceChildren();
-    new uPlot({ width: element.clientWidth, height, cursor: { show: false }, legend: { show: false }, ...options() }, data, element);
+    new uPlot({ width: element.clientWidth, height, padding: [marks.length ? 36 : 8, 24, 0, 0], cursor: { show: false }, legend: { show: false }, ...options() }, data, element);
   };
+  forgetOld();
   drawn.set(element, draw);
   requestAnimationFrame(draw);
   return element;
+}
+
+/** Charts that have left the page; those made in this turn are not on it yet. */
+function forgetOld() {
+  for (const element of drawn.keys()) {
+    if (!element.isConnected && element.childElementCount) drawn.delete(element);
+  }
 }
 
 export function redraw() {
@@ -36,53 +48,64 @@ let pending = 0;
 addEventListener("resize", () => { cancelAnimationFrame(pending); pending = requestAnimationFrame(redraw); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 
+/** Lines upright at values of x, their names above in two rows, where they are in no one's way. */
 const verticals = (marks) => ({
   hooks: {
     draw: [(plot) => {
+      const { ctx, bbox } = plot, ratio = devicePixelRatio;
       for (const { at, name, colour: hue, dash } of marks) {
-        const x = Math.min(Math.max(plot.valToPos(at, "x", true), plot.bbox.left), plot.bbox.left + plot.bbox.width);
-        const right = x > plot.bbox.left + plot.bbox.width / 2;
-        Object.assign(plot.ctx, { strokeStyle: colour(hue), fillStyle: colour(hue), lineWidth: 2 * devicePixelRatio,
-          font: `${12 * devicePixelRatio}px system-ui, sans-serif`, textAlign: right ? "right" : "left" });
-        plot.ctx.setLineDash(dash ? [6, 4] : []);
-        plot.ctx.beginPath();
-        plot.ctx.moveTo(x, plot.bbox.top);
-        plot.ctx.lineTo(x, plot.bbox.top + plot.bbox.height);
-        plot.ctx.stroke();
-        plot.ctx.setLineDash([]);
-        Object.assign(plot.ctx, { strokeStyle: colour("paper"), lineWidth: 4 * devicePixelRatio, lineJoin: "round" });
-        const place = [name, x + (right ? -6 : 6) * devicePixelRatio, plot.bbox.top + (dash ? 12 : 28) * devicePixelRatio];
-        plot.ctx.strokeText(...place); // so that it can be read over bars
-        plot.ctx.fillText(...place);
+        const x = Math.min(Math.max(plot.valToPos(at, "x", true), bbox.left), bbox.left + bbox.width);
+        Object.assign(ctx, { strokeStyle: colour(hue), fillStyle: colour(hue), lineWidth: 2 * ratio, font: `600 ${12 * ratio}px system-ui, sans-serif` });
+        ctx.setLineDash(dash ? [6 * ratio, 4 * ratio] : []);
+        ctx.beginPath();
+        ctx.moveTo(x, bbox.top - (dash ? 2 : 18) * ratio);
+        ctx.lineTo(x, bbox.top + bbox.height);
+        ctx.stroke();
+        ctx.setLineDash([]);
+        const room = ctx.measureText(name).width;
+        const others = marks.some((other) => other.at < at), fits = x + room < bbox.left + bbox.width + 24 * ratio;
+        const left = dash ? !others || !fits : !fits;
+        ctx.textAlign = left ? "right" : "left";
+        ctx.fillText(name, x + (left ? 3 : -3) * ratio, bbox.top - (dash ? 5 : 21) * ratio);
       }
     }],
   },
 });
 
-/** Counts between edges as bars, with marks {at, name, colour, dash} and, where `level` is given, a line across. */
-export function bars(label, edges, counts, { marks = [], level = null, x = "", height = 180 } = {}) {
+/**
+ * Counts between edges as bars, with marks {at, name, colour, dash}. Where `level` is given, a line across; where
+ * `beyond` is, bars from there on in another colour.
+ */
+export function bars(label, edges, counts, { marks = [], level = null, beyond = Infinity, x = "", y = "", top = null, share = false, height = 230 } = {}) {
   const middles = counts.map((_, index) => (edges[index] + edges[index + 1]) / 2);
-  const data = [middles, counts, ...(level == null ? [] : [counts.map(() => level)])];
+  const far = (index) => edges[index + 1] > beyond;
+  const data = [middles, counts.map((count, index) => (far(index) ? null : count)), counts.map((count, index) => (far(index) ? count : null)),
+    ...(level == null ? [] : [counts.map(() => level)])];
   const low = Math.min(edges[0], ...marks.map((mark) => mark.at)), high = Math.max(edges.at(-1), ...marks.map((mark) => mark.at));
-  return chart(label, height, () => ({
-    scales: { x: { time: false, range: [low, high] }, y: { range: (_, __, top) => [0, Math.max(1, 1.08 * top)] } },
-    axes: [axis(x), axis("")],
-    series: [{}, { fill: colour("series"), stroke: colour("series"), width: 0, paths: uPlot.paths.bars({ size: [0.92] }), points: { show: false } },
-      ...(level == null ? [] : [{ stroke: colour("mark"), width: 2, dash: [6, 4], points: { show: false } }])],
+  const paths = uPlot.paths.bars({ size: [0.92] });
+  const filled = (hue) => ({ fill: colour(hue), stroke: colour(hue), width: 0, paths, points: { show: false } });
+  return chart(label, height, marks, () => ({
+    scales: { x: { time: false, range: [low, high] }, y: { range: (_, __, most) => [0, 1.08 * (top ?? Math.max(1, most))] } },
+    axes: [across(x), share ? shares(y) : upwards(y)],
+    series: [{}, filled("series"), filled("bad"), ...(level == null ? [] : [{ stroke: colour("mark"), width: 2, dash: [6, 4], points: { show: false } }])],
     plugins: [verticals(marks)],
   }), data);
 }
 
-/** Lines over x: series [{name, values, colour, dash, dots}]; y as a share. */
-export function lines(label, xs, series, { x = "", time = false, top = null, marks = [], height = 220, legend = false } = {}) {
-  return chart(label, height, () => ({
-    legend: { show: legend, live: false },
+const shares = (label) => ({ ...upwards(label, 50), values: (_, ticks) => ticks.map((tick) => `${+(100 * tick).toFixed(1)} %`) });
+
+/** Lines over x: series [{name, values, colour, dash, dots, stepped}]; y as a share. */
+export function lines(label, xs, series, { x = "", y = "", time = false, top = null, marks = [], height = 280 } = {}) {
+  return chart(label, height, marks, () => ({
+    legend: { show: true, live: false },
     scales: { x: { time }, y: { range: (_, __, high) => [0, top ?? Math.max(0.01, 1.08 * (high ?? 0))] } },
-    axes: [axis(x), { ...axis(""), values: (_, ticks) => ticks.map((tick) => `${+(100 * tick).toFixed(1)} %`), size: 52 }],
+    axes: [{ ...across(x), ...(time ? { values: clock } : {}) }, shares(y)],
     series: [{}, ...series.map((one) => ({
-      label: one.name, stroke: one.hue ?? colour(one.colour), width: one.dots ? 1.5 : 2, dash: one.dash ? [5, 4] : [],
-      points: { show: Boolean(one.dots), size: 6 }, paths: one.stepped ? uPlot.paths.stepped({ align: 1 }) : undefined, spanGaps: Boolean(one.dots),
+      label: one.name, stroke: colour(one.colour), width: one.dots ? 1.5 : 2, dash: one.dash ? [5, 4] : [],
+      points: { show: Boolean(one.dots), size: 7, fill: colour(one.colour) }, paths: one.stepped ? uPlot.paths.stepped({ align: 1 }) : undefined, spanGaps: Boolean(one.dots),
     }))],
     plugins: [verticals(marks)],
   }), [xs, ...series.map((one) => one.values)]);
 }
+
+const clock = (_, ticks) => ticks.map((tick) => new Date(1000 * tick).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }));

@@ -17,13 +17,13 @@ export function el(tag, attributes = {}, ...children) {
 export const card = (title, ...children) => el("section", { class: "card" }, el("h3", {}, title), ...children);
 
 export function table(caption, head, rows) {
-  const numeric = head.map((_, column) => rows.length > 0 && rows.every((row) => typeof row[column] === "number" || /^-?[\d.,–]+( %)?$/.test(row[column])));
-  const cell = (tag) => (value, column) => el(tag, { class: numeric[column] ? "number" : null, scope: tag === "th" ? "col" : null }, String(value));
+  const numeric = head.map((_, column) => rows.length > 0 && rows.every((row) => /^[-−]?[\d.,–]+(\s%)?$/.test(row[column])));
+  const cell = (tag) => (value, column) => el(tag, { class: numeric[column] ? "number" : null, scope: tag === "th" ? "col" : null }, value instanceof Node ? value : String(value));
   return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
     el("table", {}, el("caption", {}, caption), el("thead", {}, el("tr", {}, head.map(cell("th")))),
       el("tbody", {}, rows.map((row) => el("tr", {}, row.map(cell("td")))))));
 }
 
-export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
+export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}\u00a0%`;
 
 export const number = (value) => Math.abs(value) >= 1000 || value === 0 ? value.toFixed(0) : value.toPrecision(3);

@@ -1,69 +1,94 @@
 // SPDX-License-Identifier: Apache-2.0
 // Images in, verdicts out: one gets a page of its own, several a table. Results outlive a reload.
-import { explain, judge, judgeAll } from "./api.js";
-import { $, el, percent } from "./dom.js";
+import { call, explain, judge, judgeAll } from "./api.js";
+import * as camera from "./camera.js";
+import { $, el } from "./dom.js";
 import { show } from "./result.js";
+import * as several from "./several.js";
 import * as store from "./store.js";
 
 const KINDS = ["image/jpeg", "image/png", "image/webp"];
 const PART = { images: 16, bytes: 12 * 2 ** 20 }; // of one request
 const THUMBNAIL = 256;
 
-let report; // shows an error
-let items = []; // {name, type, size, thumbnail, verdict | problem, explanation?}; `file` until the page is reloaded
+let report; // shows an error, and a way to try again
+let items = []; // {file, name, type, thumbnail, verdict | problem, explanation?}
 let chosen = 0;
-let order = { by: "p", up: true };
 
 export async function start(onProblem) {
   report = onProblem;
   for (const input of [$("#files"), $("#camera")]) {
     input.addEventListener("change", () => { take([...input.files]); input.value = ""; });
   }
+  camera.start(take, report);
   const drop = $("#drop");
   addEventListener("dragover", (event) => { event.preventDefault(); drop.classList.add("over"); });
   addEventListener("dragleave", (event) => { if (!event.relatedTarget) drop.classList.remove("over"); });
   addEventListener("drop", (event) => { event.preventDefault(); drop.classList.remove("over"); take([...event.dataTransfer.files]); });
   addEventListener("paste", (event) => { if (event.clipboardData.files.length) take([...event.clipboardData.files]); });
-  ({ items, chosen, order } = store.load("try", { items, chosen, order }));
+  [items, chosen] = [await store.kept().catch(() => []), store.load("chosen", 0)];
   draw();
-  await samples().catch(() => {}); // they are no more than an offer
+  samples().catch(() => {}); // they are no more than an offer
+  explained(items[chosen]); // where the reload came before the heat map
+}
+
+/** What the default model can tell apart; asked again when a token was given. */
+export async function introduce() {
+  const { models } = await call("v1/models");
+  const [{ name, classes }] = models;
+  const shown = classes.length > 12 ? `${classes.slice(0, 12).join(", ")} and ${classes.length - 12} more` : classes.join(", ");
+  $("#knows").textContent = `The model ${name} knows ${shown}. Anything else it should not be asked about.`;
+  $("#knows").hidden = false;
 }
 
 async function samples() {
   const found = await (await fetch("console/samples/samples.json")).json();
   const button = ({ file, text }) => el("li", {}, el("button", { onclick: async () => {
-    const body = await (await fetch(`console/samples/${file}`)).blob();
-    take([new File([body], file, { type: body.type })]);
-  } }, el("img", { src: `console/samples/${file}`, alt: "", width: 64, height: 64 }), text));
+    try {
+      const body = await (await fetch(`console/samples/${file}`)).blob();
+      take([new File([body], file, { type: body.type })]);
+    } catch {
+      report(new Error("The sample cannot be loaded: the server cannot be reached. Check your network, then try again."));
+    }
+  } }, el("img", { src: `console/samples/${file}`, alt: "", width: 72, height: 72 }), text));
   $("#samples ul").append(...found.map(button));
   $("#samples").hidden = false;
 }
 
 async function take(files) {
-  report(null);
   const images = files.filter((file) => KINDS.includes(file.type));
-  if (images.length < files.length) {
-    report(new Error(`${files.length - images.length} of ${files.length} files are no JPEG, PNG or WebP and were left out.`));
-  }
-  if (!images.length) return;
+  const others = files.length - images.length;
+  report(others || !images.length ? new Error(
+    files.length ? `${others} of ${files.length} files left out: only JPEG, PNG and WebP can be judged. Save them as one of these.`
+      : "That was no file. Save the image first, then drop or choose it.") : null);
+  if (images.length) await judged(images, []);
+}
+
+/** Judge images one request after another. Those left when one fails can be tried again, behind those that are done. */
+async function judged(images, done) {
   const status = $("#progress");
-  status.textContent = `Judging ${images.length === 1 ? images[0].name : `${images.length} images`} …`;
+  let left = images;
   try {
-    const judged = [];
     for (const part of parts(images)) {
-      const verdicts = part.length === 1 ? [await judge(part[0])] : await judgeAll(part);
-      for (const [index, answer] of verdicts.entries()) judged.push(await described(part[index], answer));
-      if (images.length > 1) status.textContent = `Judged ${judged.length} of ${images.length} …`;
+      status.textContent = images.length === 1 ? `Judging ${images[0].name} …` : `Judged ${done.length} of ${done.length + left.length} …`;
+      const answers = part.length > 1 ? await judgeAll(part) : [await judge(part[0]).catch((error) => {
+        if (!error.ofImage || images.length + done.length === 1) throw error;
+        return { problem: error.problem }; // one bad image among several is a row of the table
+      })];
+      for (const [index, answer] of answers.entries()) done.push(await described(part[index], answer));
+      left = left.slice(part.length);
     }
-    [items, chosen] = [judged, 0];
-    status.textContent = "";
-    draw();
-    await explained(items[0]);
-    $("#result").focus({ preventScroll: images.length > 1 });
   } catch (error) {
-    status.textContent = "";
-    report(error);
+    report(error, () => judged(left, done));
   }
+  status.textContent = "";
+  if (!done.length) return;
+  [items, chosen] = [done, 0];
+  await store.forget().catch(() => {});
+  for (const [place, item] of items.entries()) store.keep(place, item).catch(() => {});
+  draw();
+  await explained(items[0]);
+  if (!left.length) $("#result").focus({ preventScroll: items.length > 1 });
 }
 
 function* parts(images) {
@@ -79,9 +104,8 @@ function* parts(images) {
   yield part;
 }
 
-async function described(file, answer) {
-  const { problem, ...verdict } = answer;
-  const base = { file, name: file.name || "pasted.png", type: file.type, size: file.size, thumbnail: await thumbnail(file) };
+async function described(file, { problem, ...verdict }) {
+  const base = { file, name: file.name || "pasted.png", type: file.type, thumbnail: await thumbnail(file) };
   return problem ? { ...base, problem } : { ...base, verdict };
 }
 
@@ -97,64 +121,35 @@ async function thumbnail(file) {
   }
 }
 
-/** Ask for the explanation of an image that is here; one reloaded without it keeps its verdict. */
 async function explained(item) {
-  if (item?.verdict?.ood && !item.explanation && item.file) {
-    try {
-      item.explanation = (await explain(item.file)).explanation;
-    } catch (error) {
-      report(error);
-      return;
-    }
-    draw();
+  if (!item?.verdict?.ood || item.explanation) return;
+  try {
+    item.explanation = (await explain(item.file)).explanation;
+  } catch (error) {
+    report(error, () => explained(item));
+    return;
   }
+  if (items.includes(item)) store.keep(items.indexOf(item), item).catch(() => {});
+  draw();
+}
+
+async function forget() {
+  items = [];
+  await store.forget().catch(() => {});
+  draw();
+  $("#files").focus();
+}
+
+function choose(index) {
+  chosen = index;
+  draw();
+  explained(items[index]);
 }
 
 function draw() {
-  const kept = items.map(({ file, ...item }) => item);
-  store.save("try", { items: kept, chosen, order });
-  drawTable();
+  store.save("chosen", chosen);
+  several.draw($("#several"), items, chosen, choose);
   const item = items[chosen];
   $("#result").hidden = !item;
-  if (item) show($("#result"), item);
-}
-
-const COLUMNS = [
-  ["name", "Image", (item) => item.name],
-  ["decision", "Decision", (item) => item.verdict?.decision ?? "problem"],
-  ["label", "Prediction", (item) => item.verdict?.prediction.label ?? ""],
-  ["confidence", "Confidence", (item) => item.verdict?.prediction.confidence ?? -1],
-  ["p", "p-value", (item) => item.verdict?.ood?.p_value ?? -1],
-];
-
-function drawTable() {
-  const place = $("#several");
-  place.hidden = items.length < 2;
-  if (items.length < 2) return;
-  const value = COLUMNS.find(([key]) => key === order.by)[2];
-  const compare = (a, b) => (value(a) < value(b) ? -1 : value(a) > value(b) ? 1 : 0) * (order.up ? 1 : -1);
-  const rows = items.map((item, index) => ({ item, index })).sort((a, b) => compare(a.item, b.item));
-  const deferred = items.filter((item) => item.verdict?.decision === "defer").length;
-  const focused = document.activeElement?.dataset?.key;
-  place.replaceChildren(el("div", { class: "card scroll", tabindex: "0", role: "region", "aria-label": "Verdicts" },
-    el("table", {},
-      el("caption", {}, `${items.length} images, ${deferred} deferred`),
-      el("thead", {}, el("tr", {}, el("td"), COLUMNS.map(([key, title]) => el("th",
-        { scope: "col", "aria-sort": order.by === key ? (order.up ? "ascending" : "descending") : "none" },
-        el("button", { "data-key": key, onclick: () => { order = { by: key, up: order.by === key ? !order.up : true }; draw(); } },
-          `${title} ${order.by === key ? (order.up ? "▲" : "▼") : ""}`))))),
-      el("tbody", {}, rows.map(({ item, index }) => row(item, index))))));
-  if (focused) $(`[data-key="${CSS.escape(focused)}"]`, place)?.focus();
-}
-
-function row(item, index) {
-  const { verdict } = item;
-  const open = () => { chosen = index; draw(); explained(items[index]); };
-  return el("tr", { class: index === chosen ? "chosen" : null },
-    el("td", {}, item.thumbnail ? el("img", { src: item.thumbnail, alt: "", width: 40, height: 40 }) : ""),
-    el("td", {}, el("button", { "data-key": `row-${index}`, "aria-current": index === chosen ? "true" : null, onclick: open }, item.name)),
-    ...(verdict
-      ? [el("td", { class: verdict.decision }, verdict.decision), el("td", {}, verdict.prediction.label),
-        el("td", { class: "number" }, percent(verdict.prediction.confidence)), el("td", { class: "number" }, verdict.ood?.p_value.toFixed(4) ?? "–")]
-      : [el("td", { colspan: 4 }, item.problem.detail)]));
+  if (item) show($("#result"), item, forget);
 }

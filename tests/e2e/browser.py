@@ -113,6 +113,8 @@ def browsing(url: str) -> Iterator[Browser]:
     options.binary_location = str(CHROMIUM)
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
         options.add_argument(argument)
+    for argument in ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"):  # a camera
+        options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, Service(DRIVER))
     driver.set_script_timeout(SECONDS)

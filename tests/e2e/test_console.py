@@ -10,8 +10,10 @@ import hashlib
 import io
 import json
 import os
+import threading
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,21 +21,31 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from benchmarks.cifar10.examples import with_static
+from benchmarks.datasets import load
 from tests.e2e.browser import Browser, browsing, needs_chromium
 from tests.e2e.server import Process, running
-from tests.helpers import EMBEDDED, ROOT, encoded, toy_images
+from tests.helpers import EMBEDDED, GOOD, ROOT, encoded, toy_images
 
 pytestmark = needs_chromium
 
 SAMPLES = ROOT / "service" / "console" / "samples"
 IMAGES = ROOT / "docs" / "images"
-CAT = ("cat.png", "image/png", b64encode((SAMPLES / "cat.png").read_bytes()).decode())
-STATIC = ("static.png", "image/png", b64encode((SAMPLES / "static.png").read_bytes()).decode())
-PATCHED = ("patched.png", "image/png", b64encode((SAMPLES / "patched.png").read_bytes()).decode())
+
+
+def sample(name: str) -> tuple[str, str, str]:
+    """One of the samples as a file to hand over: name, type and base64."""
+    return name, "image/png", b64encode((SAMPLES / name).read_bytes()).decode()
+
+
+CAT, STATIC, PATCHED = map(sample, ("cat.png", "static.png", "patched.png"))
 JUNK = ("junk.png", "image/png", b64encode(b"no image at all").decode())
+GRAFANA = "http://grafana.example/d/oodgate"
+# What a browser writes of every answer that is no 2xx, and of a network that is down.
+ANSWERED = ("the server responded with a status of 4", "net::ERR_INTERNET_DISCONNECTED")
 TOKEN, ADMIN = "a token", "the admin's token"
 
 
@@ -43,7 +55,7 @@ def digest(token: str) -> str:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Process]:
-    with running(EMBEDDED.parents[1], max_body_bytes="1000000") as process:
+    with running(EMBEDDED.parents[1], max_body_bytes="1000000", grafana_url=GRAFANA) as process:
         yield process
 
 
@@ -54,20 +66,26 @@ def window(server: Process) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def browser(window: Browser) -> Browser:
-    """The window with nothing kept from the test before."""
+def browser(window: Browser) -> Iterator[Browser]:
+    """The window with nothing kept from the test before; none may leave errors behind or ask anything of others."""
     window.open()
     window.run("sessionStorage.clear()")
     window.appearance("light")
     window.open()
     window.complaints()  # forget those of the test before
-    return window
+    yield window
+    assert window.complaints(but=ANSWERED) == []
+    assert all(name.startswith((window.url, "data:", "blob:")) for name in window.requested())
 
 
 def verdict_of(browser: Browser) -> str:
     """The verdict, once its heat map is there too."""
-    browser.until(lambda: browser.find(".stack img:nth-child(2)"))
-    return browser.text("#result .word")
+
+    def shown() -> str:
+        browser.find(".stack img:nth-child(2)")
+        return browser.text("#result .word")
+
+    return browser.until(shown)
 
 
 def screenshot(browser: Browser, name: str) -> None:
@@ -82,11 +100,16 @@ def screenshot(browser: Browser, name: str) -> None:
 
 
 def traffic(server: Process) -> None:
-    """A few familiar images, each a little different, and now and then static."""
+    """A few familiar images, each a little different, and now and then static; real ones where pictures are made."""
     generator = np.random.default_rng(0)
-    samples = [np.asarray(Image.open(SAMPLES / f"{name}.png")) for name in ("cat", "horse", "ship")]
+    if os.environ.get("OODGATE_SCREENSHOTS"):
+        for part in np.split(generator.permutation(load("cifar10-test")[0])[:192], 3):
+            files = [("file", (str(i), encoded(image))) for i, image in enumerate(part)]
+            assert server.client.post("/v1/verdict", files=files).status_code == 200
+        return
+    samples = [np.asarray(Image.open(SAMPLES / f"{name}.png")) for name in ("cat", "horse")]
     for _ in range(3):
-        noisy = [samples[i % 3] + generator.normal(0, generator.uniform(0, 12), (32, 32, 3)) for i in range(40)]
+        noisy = [samples[i % 2] + generator.normal(0, generator.uniform(0, 12), (32, 32, 3)) for i in range(40)]
         images = [np.clip(image, 0, 255).astype(np.uint8) for image in noisy]
         files = [("file", (str(i), encoded(image))) for i, image in enumerate(images)]
         files.append(("file", ("static", (SAMPLES / "static.png").read_bytes())))
@@ -120,6 +143,31 @@ def test_a_sample_gets_a_verdict_by_keyboard_alone(browser: Browser) -> None:
     assert verdict_of(browser)
 
 
+def test_a_photograph_gets_a_verdict_by_keyboard_alone(browser: Browser) -> None:
+    browser.find("#photo").send_keys(Keys.ENTER)
+    browser.until(lambda: browser.run("return document.querySelector('video').videoWidth") > 0)
+    assert browser.violations() == []
+    browser.find("#shutter .main").send_keys(Keys.ENTER)
+    assert verdict_of(browser)
+    assert "photo.jpg" in browser.text("#result")
+    assert browser.run("return document.querySelector('video').srcObject") is None  # the camera is off again
+    assert browser.find("#camera").get_attribute("capture") == "environment"  # what a phone is asked with
+
+
+def test_everything_on_the_page_is_reached_with_the_tab_key(browser: Browser) -> None:
+    browser.driver.get("about:blank")
+    browser.driver.get(f"{browser.url}/")
+    browser.until(lambda: browser.find("#samples button"))
+    reached = []
+    for _ in range(13):
+        ActionChains(browser.driver).send_keys(Keys.TAB).perform()
+        active = browser.driver.switch_to.active_element
+        reached.append(active.get_attribute("id") or active.text.split("\n")[0])
+    texts = [one["text"] for one in json.loads((SAMPLES / "samples.json").read_text())]
+    assert reached[:5] == ["Skip to the content", "tab-try", "Token", "files", "photo"]
+    assert reached[5 : 5 + len(texts)] == texts
+
+
 def test_several_images_give_a_table_that_sorts_and_names_the_bad_one(browser: Browser) -> None:
     browser.hand_over("drop", [STATIC, CAT, JUNK])
     verdict_of(browser)
@@ -137,24 +185,66 @@ def test_several_images_give_a_table_that_sorts_and_names_the_bad_one(browser: B
     assert verdict_of(browser) == "Accepted"
 
 
-def test_a_reload_loses_nothing(browser: Browser) -> None:
-    browser.hand_over("drop", [CAT, STATIC])
+def test_a_bad_image_that_falls_into_a_request_of_its_own_is_a_row_like_others(browser: Browser) -> None:
+    browser.hand_over("drop", [CAT] * 16 + [JUNK])  # requests hold 16
+    verdict_of(browser)
+    assert len(browser.all("#several tbody tr")) == 17
+    assert browser.text("#several caption").startswith("17 images, 0 deferred")
+
+
+def test_a_reload_loses_nothing_and_what_is_forgotten_is_gone(browser: Browser) -> None:
+    browser.hand_over("drop", [CAT, PATCHED])
     verdict_of(browser)
     before = browser.text("#result")
     browser.open()
     assert verdict_of(browser) in before
     assert len(browser.all("#several tbody tr")) == 2
+    browser.find("#several tbody tr:first-child button").send_keys(Keys.ENTER)
+    assert browser.text("#result .word").startswith("Deferred")
+    verdict_of(browser)  # its heat map, from the image that was kept
+    browser.find("#result > .note button").send_keys(Keys.ENTER)
+    browser.until(lambda: not browser.find("#result").is_displayed())
+    browser.open()
+    assert not browser.find("#result").is_displayed()
+
+
+LEFT_BEHIND = """
+const [place, age, done] = arguments, asked = indexedDB.open("oodgate", 1);
+asked.onsuccess = () => {
+  const images = asked.result.transaction("images", "readwrite").objectStore("images");
+  if (age !== null) images.put({ kept: Date.now() - age }, place);
+  const found = images.count(place);
+  found.onsuccess = () => { asked.result.close(); done(found.result); };
+};
+"""
+
+
+def test_images_that_a_tab_left_behind_a_day_ago_are_deleted(browser: Browser) -> None:
+    day_ms = 86_400_000
+    for tab, age in (("old", day_ms + 1000), ("young", day_ms // 2)):
+        assert browser.driver.execute_async_script(LEFT_BEHIND, [tab, 0], age) == 1
+    browser.open()
+    counts = [browser.driver.execute_async_script(LEFT_BEHIND, [tab, 0], None) for tab in ("old", "young")]
+    assert counts == [0, 1]
 
 
 def test_a_file_that_is_too_large_is_refused_in_plain_words(browser: Browser) -> None:
     large = b64encode(bytes(1_000_001)).decode()
     browser.hand_over("drop", [("large.png", "image/png", large)])
     browser.until(lambda: "too much for this server" in browser.text("#problem"))
+    assert "Send a smaller image" in browser.text("#problem")
 
 
 def test_a_damaged_file_is_refused_in_plain_words(browser: Browser) -> None:
     browser.hand_over("drop", [JUNK])
     browser.until(lambda: "cannot be used" in browser.text("#problem"))
+    assert "save it again as JPEG or PNG" in browser.text("#problem")
+
+
+def test_a_file_of_another_kind_is_left_out_in_plain_words(browser: Browser) -> None:
+    browser.hand_over("drop", [("notes.txt", "text/plain", JUNK[2]), CAT])
+    assert verdict_of(browser) == "Accepted"
+    assert "1 of 2 files left out: only JPEG, PNG and WebP" in browser.text("#problem")
 
 
 def test_without_a_network_the_page_says_what_to_do(browser: Browser) -> None:
@@ -163,9 +253,40 @@ def test_without_a_network_the_page_says_what_to_do(browser: Browser) -> None:
     browser.command("Network.emulateNetworkConditions", offline=True, **offline)
     try:
         browser.hand_over("drop", [CAT])
-        browser.until(lambda: "try again" in browser.text("#problem"))
+        browser.until(lambda: "cannot be reached. Check your network" in browser.text("#problem"))
+        assert browser.violations() == []
     finally:
         browser.command("Network.emulateNetworkConditions", offline=False, **offline)
+    assert verdict_of(browser) == "Accepted"  # the image was not lost
+    assert not browser.find("#problem").is_displayed()
+
+
+def test_a_busy_server_says_when_to_try_again_and_the_image_is_not_lost(window: Browser) -> None:
+    settings = {"max_images": "1", "queue_capacity": "1", "batch_window_s": "1"}  # each image has the server to itself
+    with running(EMBEDDED.parents[1], **settings) as server:
+        browser = Browser(server.url, window.driver)
+        enough = threading.Event()
+
+        def keep_busy() -> None:
+            while not enough.is_set():
+                server.client.post("/v1/verdict", content=GOOD, headers={"content-type": "image/png"})
+
+        browser.open()
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(4):
+                pool.submit(keep_busy)
+
+            def told() -> bool:
+                browser.hand_over("drop", [CAT])
+                browser.until(lambda: not browser.text("#progress"))
+                return "The server is busy. Wait" in browser.text("#problem")
+
+            try:
+                browser.until(told)
+            finally:
+                enough.set()
+        browser.find("#problem button").send_keys(Keys.ENTER)
+        assert verdict_of(browser) == "Accepted"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -198,13 +319,27 @@ def test_the_tabs_follow_the_arrow_keys(browser: Browser) -> None:
     browser.until(browser.find("#model").is_displayed)
 
 
-def test_nothing_is_asked_of_others_and_the_console_has_no_errors(browser: Browser, server: Process) -> None:
+@pytest.mark.parametrize("width", [360, 768, 1920])
+def test_nothing_overflows_from_phone_to_wide_screen(browser: Browser, width: int) -> None:
+    browser.appearance("light", width)
+    browser.hand_over("drop", [STATIC, CAT])
+    verdict_of(browser)
     for tab in ("try", "monitor", "model"):
         browser.find(f"#tab-{tab}").click()
-        browser.until(browser.find(f"#{tab}").is_displayed)
-    browser.until(lambda: browser.find("#model .chart canvas"))
-    assert all(name.startswith((server.url, "data:", "blob:")) for name in browser.requested())
-    assert browser.complaints() == []
+        browser.until(partial(browser.find, f"#{tab} .card"))
+        assert browser.run("return document.documentElement.scrollWidth") <= width
+
+
+def test_the_first_load_is_small(browser: Browser) -> None:
+    browser.command("Network.clearBrowserCache")
+    browser.open()
+    browser.until(lambda: browser.find("#samples button"))
+    sizes = browser.run(
+        "return performance.getEntriesByType('navigation').concat(performance.getEntriesByType('resource'))"
+        ".map((entry) => entry.transferSize)"
+    )
+    assert len(sizes) > 15
+    assert 50_000 < sum(sizes) < 300_000
 
 
 def test_the_monitor_moves_under_load(browser: Browser, server: Process) -> None:
@@ -218,6 +353,33 @@ def test_the_monitor_moves_under_load(browser: Browser, server: Process) -> None
     files = [("file", (str(i), encoded(image))) for i, image in enumerate(toy_images(32, seed=3)[0])]
     assert server.client.post("/v1/verdict", files=files).status_code == 200
     assert browser.until(lambda: judged() == before + 32)
+    shown = browser.text("#monitor")
+    cards = (
+        "upper control limit",
+        "p-values",
+        "By predicted class",
+        "Drift of cifar10",
+        "Queue",
+        "Where the time goes",
+    )
+    for card in cards:
+        assert card in shown
+    assert browser.find("#monitor a.button").get_attribute("href") == GRAFANA
+
+
+def test_the_model_s_card_says_what_it_is_and_what_is_promised(browser: Browser) -> None:
+    browser.open("model")
+    browser.until(lambda: browser.find("#model .small canvas"))
+    shown = browser.text("#model")
+    assert "At least 0.95 of the images" in shown
+    assert "95 % of such calibrations accept 0.9491 to 0.9606" in shown
+    for part in ("airplane", "5,000 images", "cut from the centre", "0.4914", "JPEG quality 50"):
+        assert part in shown
+    digests = [code.text for code in browser.all("#model dd code")]
+    assert len(digests) == 3
+    assert all(digest.startswith("sha256:") for digest in digests)
+    assert {row.text.split()[0] for row in browser.all("#model .wide tbody tr")} > {"cifar100-test", "textures"}
+    assert len(browser.all("#model .small canvas")) == 7  # familiar images and six sets
 
 
 def test_the_threshold_explorer_shows_what_another_target_would_defer(browser: Browser) -> None:
@@ -239,26 +401,30 @@ def test_the_threshold_explorer_shows_what_another_target_would_defer(browser: B
     assert kept.get_attribute("value") == kept.get_attribute("max")
 
 
-def test_with_a_token_set_the_page_asks_for_it_and_then_works() -> None:
+def test_with_a_token_set_the_page_asks_for_it_and_then_works(window: Browser) -> None:
     tokens = json.dumps({"someone": digest(TOKEN)})
-    with running(EMBEDDED.parents[1], tokens=tokens) as server, browsing(server.url) as browser:
+    with running(EMBEDDED.parents[1], tokens=tokens) as server:
+        browser = Browser(server.url, window.driver)
         browser.open()
         browser.hand_over("drop", [CAT])
         browser.until(lambda: "Type your token" in browser.text("#problem"))
         field = browser.find("#token")
         assert field.is_displayed()
+        assert browser.violations() == []
+        field.send_keys("another", Keys.ENTER)
+        browser.until(lambda: "Type your token" in browser.text("#problem"))
         field.send_keys(TOKEN, Keys.ENTER)
-        browser.until(lambda: not browser.find("#problem").is_displayed())
-        browser.hand_over("drop", [CAT])
-        assert verdict_of(browser) == "Accepted"
+        assert verdict_of(browser) == "Accepted"  # the image was not lost
+        assert not browser.find("#problem").is_displayed()
         assert TOKEN not in browser.text("#result")  # the curl shows where it goes, not what it is
         browser.open()
         assert browser.text("#access summary") == "Token ✓"
 
 
-def test_the_admin_applies_another_target_and_the_verdict_changes(tmp_path: Path) -> None:
+def test_the_admin_applies_another_target_and_the_verdict_changes(window: Browser, tmp_path: Path) -> None:
     settings = {"admin_token_sha256": digest(ADMIN), "state_dir": str(tmp_path)}
-    with running(EMBEDDED.parents[1], **settings) as server, browsing(server.url) as browser:
+    with running(EMBEDDED.parents[1], **settings) as server:
+        browser = Browser(server.url, window.driver)
         before = judged(server)
         browser.open("model")
         slider = browser.until(lambda: browser.find("#model input[type=range]"))
@@ -279,5 +445,5 @@ def test_the_admin_applies_another_target_and_the_verdict_changes(tmp_path: Path
 
 def judged(server: Process) -> Any:
     """The verdict on a cat partly covered by static: its p-value lies between the two targets' cut-offs."""
-    image = encoded(with_static(np.asarray(Image.open(SAMPLES / "cat.png")), 20))
+    image = encoded(with_static(np.asarray(Image.open(ROOT / "examples" / "cat.png")), 20))
     return server.client.post("/v1/verdict", content=image, headers={"content-type": "image/png"}).json()

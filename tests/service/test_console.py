@@ -175,6 +175,26 @@ def test_the_report_says_what_other_targets_would_defer(client: httpx.Client) ->
     assert sum(report["calibration"][0]["counts"]) == 300
 
 
+def test_the_card_says_its_promise_in_one_sentence_with_its_interval_and_what_it_was_calibrated_on(
+    client: httpx.Client, toy_models: Path
+) -> None:
+    calibration = client.get("/v1/models/toy").json()["calibration"]
+    low, high = calibration["expected_acceptance_interval"]
+    assert f"(95 % of such calibrations accept {low:.4f} to {high:.4f}); nothing is promised" in calibration["promise"]
+    (manifest,) = toy_models.rglob("manifest.json")
+    for name, file in (("splits", "splits"), ("scores", "calibration")):
+        stored = hashlib.sha256((manifest.parent / f"{file}.safetensors").read_bytes()).hexdigest()
+        assert calibration[f"{name}_digest"] == f"sha256:{stored}"
+
+
+def test_every_sample_is_listed_and_served(client: httpx.Client) -> None:
+    samples = {path.name for path in (ROOT / "samples").iterdir()} - {"samples.json"}
+    listed = client.get("/console/samples/samples.json").json()
+    assert {sample["file"] for sample in listed} == samples
+    for name in samples:
+        assert client.get(f"/console/samples/{name}").headers["content-type"] == "image/png"
+
+
 def test_the_page_and_all_it_names_are_served_without_a_token_and_nothing_else_is(toy_models: Path) -> None:
     token = hashlib.sha256(b"secret").hexdigest()
     with serving(Settings(models=toy_models, tokens={"someone": token})) as running:
@@ -216,8 +236,14 @@ def test_the_wheel_holds_the_whole_page(tmp_path: Path) -> None:
     assert "service/console/vendor/uplot-1.6.32/LICENSE" in held
 
 
-def test_the_vendored_library_carries_its_licence_and_version() -> None:
+def test_the_vendored_library_is_unmodified_and_carries_its_licence_and_version() -> None:
     (folder,) = (ROOT / "vendor").iterdir()
+    published = {  # dist/ of the package on npm
+        "uPlot.esm.js": "5dd9b3281aa64b461b42d9945f6adb2649d346502b12281a9ae0d46599a80eba",
+        "uPlot.min.css": "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04",
+    }
+    for name, digest in published.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     assert folder.name == "uplot-1.6.32"
     assert '"version": "1.6.32"' in (folder / "package.json").read_text()
     assert "MIT" in (folder / "LICENSE").read_text()
