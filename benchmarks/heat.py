@@ -28,9 +28,9 @@ from torch.nn.functional import interpolate
 
 from benchmarks.datasets import load
 from detector import Detector
-from detector.backbone import Outputs
 from detector.explain import elsewhere, occlusion
 from detector.images import Pixels
+from detector.outputs import Outputs
 from detector.scores import score_all
 
 OUT = Path("benchmarks/results/heat.json")

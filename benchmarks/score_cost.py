@@ -24,8 +24,8 @@ import torch
 from benchmarks.readme import replaced
 from detector import Detector
 from detector.artifact import read_manifest
-from detector.backbone import Outputs
 from detector.features import bind
+from detector.outputs import Outputs
 from detector.scores import FitOptions, score_all
 
 MODEL, RESULT = Path("models/cifar10/1"), Path("benchmarks/results/score_cost.json")

@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from detector.artifact import writing
-from detector.backbone import Backbone, Outputs, concatenate
+from detector.backbone import Backbone
 from detector.data import Dataset, Labels, batches
 from detector.errors import DataError
 from detector.images import image_ids
+from detector.outputs import Outputs, concatenate
 from detector.scores import FitOptions, Gatherer, Score, registry, score_all
 from detector.scores.gather import known_ids
 

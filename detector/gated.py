@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from detector import artifact as artifacts
 from detector.artifact import Artifact
-from detector.backbone import Outputs
 from detector.detector import Detector, Images, network_of
 from detector.errors import ArtifactError, DataError, WeightsMismatch
+from detector.outputs import Outputs
 from detector.policy import Verdict
 
 

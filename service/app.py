@@ -21,13 +21,14 @@ from service.audit import Audit, NoAudit
 from service.context import Context, Lifecycle
 from service.direct import App
 from service.door import Door
-from service.engine import Answer, Engine, ServedModel
+from service.engine import Engine
 from service.explainer import Explainer
 from service.metrics import Metrics
 from service.recent import Recent
 from service.registry import Registry
 from service.routes import admin, console, explain, gate, health, models, monitor, oip, report, verdict
 from service.security import Tokens, is_loopback, read_tokens
+from service.served import Answer, ServedModel
 from service.server import DOOR
 from service.settings import Settings
 from service.tracing import Tracing

@@ -15,18 +15,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice
 from math import ceil
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from detector.detector import Detector, Scored
+from detector.detector import Scored
 from detector.errors import NonFiniteFeatures
 from detector.images import Pixels
-from detector.policy import Decider, Verdict
 from service.errors import DeadlinePassed, EngineLost, NotReady, QueueFull, ScoringFailed
+from service.served import Answer, ServedModel, Timing, buckets, padded, warm_up
 
 log = logging.getLogger(__name__)
 
@@ -34,38 +33,6 @@ PULSE_S = 1.0  # the idle thread shows life this often
 CLOSING_PULSE_S = 0.02  # and looks this often whether the last admitted image has been answered
 MOST_FAILURES = 3  # failed batches in a row after which the server is not ready
 MOST_RESTARTS, RESTART_WINDOW_S = 3, 600.0  # restarts of the loop; one more within the window ends it
-
-
-@dataclass(frozen=True, eq=False)
-class ServedModel:
-    """A model as the engine runs it.
-
-    Args:
-        detector: network and scores.
-        decider: the policy now in force, with the shadows to report.
-        shadow_ratio: share of the batches in which the shadows are computed.
-    """
-
-    detector: Detector
-    decider: Decider
-    shadow_ratio: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds that one image spent in the queue, and that its batch spent in the network and in the scores."""
-
-    queue: float
-    forward: float
-    score: float
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A verdict and where its time went."""
-
-    verdict: Verdict
-    timing: Timing
 
 
 @dataclass(eq=False, slots=True)
@@ -89,30 +56,6 @@ class _Launched:
 
 
 BatchDone = Callable[[ServedModel, Sequence[Answer]], None]
-
-
-def buckets(largest: int) -> tuple[int, ...]:
-    """The batch sizes that are ever run: 1, 2, 4 … and the largest itself."""
-    powers = takewhile(lambda size: size < largest, (1 << power for power in range(largest.bit_length())))
-    return (*powers, largest)
-
-
-def warm_up(model: ServedModel, sizes: Sequence[int]) -> None:
-    """Judge black batches of these sizes, so that no caller waits for what is only done once.
-
-    Raises:
-        ScoringFailed: a score is no finite number; or whatever else keeps the model from judging.
-    """
-    for size in sizes:
-        black = torch.zeros((size, *model.detector.backbone.input_shape), dtype=torch.uint8)
-        verdicts = model.detector.judge(model.detector.backbone.outputs(black), model.decider)
-        if not all(verdict.ood.sound for verdict in verdicts):
-            raise ScoringFailed("a black image has no finite score")
-
-
-def padded(images: Tensor, size: int) -> Tensor:
-    """uint8 [N, H, W, 3] -> [size, H, W, 3]; what is added repeats the last image and nobody sees its result."""
-    return torch.cat([images, images[-1:].expand(size - len(images), -1, -1, -1)])
 
 
 class Engine:

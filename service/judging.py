@@ -20,7 +20,6 @@ from starlette.requests import ClientDisconnect
 from detector.errors import ImageError, OodgateError, TooManyBytes, TooManyPixels
 from detector.images import Limits, Pixels, Preprocessing, decode, is_small, resize
 from service.context import Context
-from service.engine import Answer, ServedModel
 from service.errors import (
     BodyTooLarge,
     BuffersFull,
@@ -34,6 +33,7 @@ from service.errors import (
     UnsupportedMediaType,
 )
 from service.security import Caller
+from service.served import Answer, ServedModel
 from service.server import ABANDON
 from service.tracing import SPAN, RequestSpan
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy import special
 
 from detector.policy import Decider
-from service.engine import Answer, ServedModel
 from service.metrics import LATENCY_BUCKETS, STAGES, Metrics
+from service.served import Answer, ServedModel
 
 Values = NDArray[np.float64]
 

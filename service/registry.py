@@ -21,10 +21,10 @@ from detector.detector import Detector, return_freed_memory
 from detector.errors import ArtifactCorrupt, ArtifactNotFound, OodgateError, ScoreError
 from detector.policy import Policy
 from detector.settling import ForwardState, Settling
-from service.engine import ServedModel, buckets, warm_up
 from service.errors import ModelNotFound
 from service.metrics import Metrics
 from service.policies import Policies
+from service.served import ServedModel, buckets, warm_up
 from service.settings import Settings
 from service.watch import Watch
 

@@ -15,10 +15,10 @@ from detector.errors import OodgateError
 from detector.explain import Explanation, heat_png, png
 from detector.images import Pixels
 from detector.policy import Decision, Policy, Reason
-from service.engine import ServedModel
 from service.judging import Judged
 from service.problems import problem
 from service.registry import Registry
+from service.served import ServedModel
 
 
 class ModelRef(BaseModel):

@@ -21,9 +21,9 @@ import numpy as np
 from detector.artifact import Manifest
 from detector.policy import Decider, Verdict
 from service.drift import OTHER, Drift, Reference, TestName, Thin, TopK
-from service.engine import ServedModel
 from service.errors import DriftStateMismatch, StateUnwritable
 from service.metrics import Metrics
+from service.served import ServedModel
 from service.settings import Settings
 from service.state import write_whole
 

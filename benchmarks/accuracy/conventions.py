@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy.rivals import Values
-from detector.backbone import Outputs
+from detector.outputs import Outputs
 from detector.scores.logit import GEN_CLASSES, GEN_POWER, probabilities
 from detector.scores.nearest import exact_distances
 

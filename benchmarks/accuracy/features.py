@@ -15,9 +15,10 @@ from torch import Tensor
 
 from benchmarks.accuracy import networks
 from benchmarks.accuracy.sets import balanced, load_sets
-from detector.backbone import Backbone, Outputs
+from detector.backbone import Backbone
 from detector.data import Dataset, Subset
 from detector.features import collect, stream
+from detector.outputs import Outputs
 from detector.scores import FitOptions
 from detector.scores.gather import EarlyMaps
 

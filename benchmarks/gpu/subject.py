@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from detector.backbone import Backbone, Outputs, Precision
+from detector.backbone import Backbone, Precision
 from detector.forward import Forward
 from detector.images import Preprocessing
+from detector.outputs import Outputs
 from detector.policy import DOUBT, CalibrationScores, Decider, Grouping, Policy, Verdict
 from detector.scores import Grood, score_all
 

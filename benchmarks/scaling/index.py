@@ -22,7 +22,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from detector.backbone import Backbone, Outputs
+from detector.backbone import Backbone
+from detector.outputs import Outputs
 from detector.scores.index import INDEX_FROM, SEARCHED, centres
 from detector.scores.nearest import Knn, unit_rows
 

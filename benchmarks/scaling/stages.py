@@ -24,9 +24,10 @@ import torch
 from PIL import Image
 from torchvision.models import resnet50
 
-from detector.backbone import Backbone, Outputs
+from detector.backbone import Backbone
 from detector.features import BATCH, share_gatherers
 from detector.images import Preprocessing, decode, image_ids
+from detector.outputs import Outputs
 from detector.scores import FitOptions, Gatherer, registry
 from detector.scores.gather import EarlyMaps
 

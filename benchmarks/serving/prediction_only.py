@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from detector.backbone import Outputs
 from detector.cli import main
 from detector.detector import Detector
+from detector.outputs import Outputs
 from detector.policy import Decider, OodEvidence, Prediction, Verdict
 from service.metrics import Metrics
 from service.registry import Registry

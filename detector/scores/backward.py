@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from detector.backbone import Backbone, Outputs
+from detector.backbone import Backbone
 from detector.errors import ScoreError
+from detector.outputs import Outputs
 from detector.scores.base import Score
 
 IMAGES = 32  # in one graph: its activations are all held

@@ -11,8 +11,9 @@ from typing import ClassVar, Self, TypeVar, cast
 import torch
 from torch import Tensor
 
-from detector.backbone import Backbone, Outputs
+from detector.backbone import Backbone
 from detector.errors import NonFiniteFeatures, ScoreError
+from detector.outputs import Outputs
 
 State = dict[str, Tensor]
 

@@ -19,8 +19,9 @@ from scipy.special import ndtri
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from detector.backbone import Backbone, Outputs
+from detector.backbone import Backbone
 from detector.errors import ScoreError
+from detector.outputs import Outputs
 from detector.scores.base import FitOptions, Score, State, register
 
 TAIL = 0.1  # of the tune scores give the slope of each tail

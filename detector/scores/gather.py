@@ -10,8 +10,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from detector.backbone import Backbone, Outputs
+from detector.backbone import Backbone
 from detector.errors import EmptyClass, ScoreError
+from detector.outputs import Outputs
 from detector.scores.base import FitOptions, Gatherer, Needs, State
 from detector.scores.reservoir import Reservoir
 

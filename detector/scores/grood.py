@@ -21,8 +21,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from detector.backbone import Backbone, Outputs
+from detector.backbone import Backbone
 from detector.errors import ScoreError
+from detector.outputs import Outputs
 from detector.scores import index
 from detector.scores.base import Gatherer, Score, State, register
 from detector.scores.gather import ClassSums, CorrectFeatures, EarlyMaps, Scatter

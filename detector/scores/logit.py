@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from detector.backbone import Outputs
+from detector.outputs import Outputs
 from detector.scores.base import Score, register
 
 GEN_POWER, GEN_CLASSES = 0.1, 100

@@ -14,8 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from detector.backbone import Backbone, Outputs
+from detector.backbone import Backbone
 from detector.errors import EmptyClass
+from detector.outputs import Outputs
 from detector.scores.base import Gatherer, Score, State, register
 from detector.scores.gather import Features
 from detector.scores.logit import energy

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from detector.backbone import Backbone, Outputs
+from detector.backbone import Backbone
+from detector.outputs import Outputs
 from detector.scores import index
 from detector.scores.base import Gatherer, Score, State, register
 from detector.scores.gather import Features

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from detector.backbone import Backbone, Outputs
+from detector.backbone import Backbone
+from detector.outputs import Outputs
 from detector.scores.base import Gatherer, Score, State, register
 from detector.scores.gather import Features
 from detector.scores.gradient_norm import clip_level

@@ -16,12 +16,12 @@ from detector.errors import NonFiniteFeatures
 from detector.explain import Explanation, explain
 from detector.images import Pixels, decode
 from service.context import Context, Ctx
-from service.engine import Answer, ServedModel, Timing
 from service.errors import AdminOnly, ScoringFailed, TooManyImages
 from service.judging import Asker, Judged, by, counting_rejections, in_decoder, read_in_time, shows_evidence
 from service.reading import read_images
 from service.routes.verdict import DOCUMENTED
 from service.schemas import ExplainedBody, Problem, explanation_body, verdict_body
+from service.served import Answer, ServedModel, Timing
 
 router = APIRouter(tags=["verdict"])
 _ANSWERS = {200: {"model": ExplainedBody, "description": "A verdict and what explains it."}, 403: {"model": Problem}}

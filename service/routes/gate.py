@@ -19,7 +19,6 @@ from detector.errors import OodgateError
 from detector.policy import Verdict
 from service import problems
 from service.context import Context, Ctx
-from service.engine import ServedModel
 from service.errors import GateDisabled, ModelNotFound, NotScored, QueueFull, UpstreamFailed, UpstreamTimeout
 from service.judging import (
     Asker,
@@ -33,6 +32,7 @@ from service.judging import (
 )
 from service.reading import IMAGES_BODY, read_images
 from service.schemas import Problem, VerdictBody, VerdictList, item_body
+from service.served import ServedModel
 from service.tracing import SPAN
 from service.upstream import Upstream
 

@@ -16,7 +16,6 @@ from detector.errors import ImageError, OodgateError
 from detector.policy import Verdict
 from service import problems, tensors
 from service.context import Context, Ctx
-from service.engine import ServedModel
 from service.errors import UnsupportedMediaType
 from service.judging import (
     Asker,
@@ -39,6 +38,7 @@ from service.oip_schemas import (
     TensorSpec,
 )
 from service.schemas import Problem
+from service.served import ServedModel
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 

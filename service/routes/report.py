@@ -16,10 +16,10 @@ from detector.errors import TooFewSamples
 from detector.metrics import histogram, histogram_edges
 from detector.policy import Decider, Policy
 from service.context import Ctx
-from service.engine import ServedModel
 from service.errors import AdminOnly
 from service.judging import Asker, in_decoder, shows_evidence
 from service.schemas import Problem
+from service.served import ServedModel
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 

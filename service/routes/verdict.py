@@ -15,7 +15,6 @@ from fastapi.responses import Response
 from detector.errors import OodgateError
 from service import problems
 from service.context import Context, Ctx
-from service.engine import ServedModel
 from service.errors import ServiceError
 from service.judging import (
     Asker,
@@ -29,6 +28,7 @@ from service.judging import (
 )
 from service.reading import IMAGES_BODY, read_images
 from service.schemas import Problem, VerdictBody, VerdictList, item_body, verdict_body
+from service.served import ServedModel
 
 router = APIRouter(tags=["verdict"], default_response_class=Response)
 

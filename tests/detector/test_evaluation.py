@@ -14,7 +14,6 @@ from torch import Tensor
 
 from benchmarks.datasets import load
 from detector import Detector, OodSet, evaluate
-from detector.backbone import Outputs
 from detector.calibration import acceptance_interval, clopper_pearson
 from detector.data import ArrayDataset
 from detector.errors import DataError, SplitOverlap
@@ -32,6 +31,7 @@ from detector.images import Pixels
 from detector.measuring import measure
 from detector.metrics import augrc, aurc, bootstrap_auroc, histogram, measures
 from detector.networks import CIFAR_PREPROCESSING
+from detector.outputs import Outputs
 from detector.policy import CalibrationScores
 from detector.scores import FitOptions, Score
 from tests.helpers import TOY_CLASSES, toy_dataset, toy_images

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from benchmarks.datasets import load
 from detector import Detector
-from detector.backbone import Backbone, Outputs
+from detector.backbone import Backbone
 from detector.data import ArrayDataset
 from detector.errors import EmptyClass, ScoreError
 from detector.evaluation import auroc
 from detector.features import collect
 from detector.images import image_ids
 from detector.networks import CIFAR_PREPROCESSING
+from detector.outputs import Outputs
 from detector.scores import FitOptions, Grood, GroodNorm
 from detector.scores.gather import ClassSums, EarlyMaps
 from detector.scores.grood import grood_gradient

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detector.backbone import Outputs
+from detector.outputs import Outputs
 from detector.scores.nearest import GROUP, close, products, smallest
 
 SIZES = [1, 7, 500, 50 * GROUP + 3]  # bank rows, also where they do not fill the last group

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from detector.backbone import Backbone, Outputs
+from detector.backbone import Backbone
 from detector.errors import EmptyClass, NonFiniteFeatures, ScoreError
 from detector.evaluation import auroc
 from detector.features import bind
 from detector.images import image_ids
+from detector.outputs import Outputs
 from detector.scores import FitOptions, Score, registry
 from detector.scores.fusion import Fusion, NormalMap, NormalMaps
 from tests.helpers import TOY_CLASSES, toy_images, toy_network

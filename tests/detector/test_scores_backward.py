@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detector.backbone import Backbone, Outputs
+from detector.backbone import Backbone
 from detector.errors import EmptyClass, ScoreError, TapNotFound
 from detector.evaluation import auroc
 from detector.images import image_ids
 from detector.networks import CIFAR_PREPROCESSING
+from detector.outputs import Outputs
 from detector.scores import FitOptions, Score, registry
 from detector.scores.gaia import GaiaA, GaiaZ, batch_norms, late_batch_norms, output_gradient
 from detector.scores.lowdim import LowDimLast, LowDimLastKnn, last_layer_blocks, train_probe

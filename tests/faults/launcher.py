@@ -19,8 +19,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from detector.backbone import Backbone, Outputs
+from detector.backbone import Backbone
 from detector.cli import main
+from detector.outputs import Outputs
 
 _run = Backbone.outputs
 _fault = "none"

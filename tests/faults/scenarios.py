@@ -192,13 +192,15 @@ async def idle(url: str, connections: int, *, until_closed: bool) -> Counter[int
     return statuses
 
 
-async def crowd(url: str, connections: int, requests: int) -> list[tuple[Reply, float]]:
-    """More callers than the server admits, each asking again at once: every answer, and the seconds it took."""
+async def crowd(
+    url: str, connections: int, requests: int, bodies: Sequence[bytes] = SMALL, kind: str = "image/png"
+) -> list[tuple[Reply, float]]:
+    """Callers who each ask again at once: every answer, and the seconds it took."""
     answers: list[tuple[Reply, float]] = []
 
     async def work(connection: Connection, number: int) -> None:
         asked = time.monotonic()
-        answer = await connection.ask(VERDICT, SMALL[number % len(SMALL)])
+        answer = await connection.ask(VERDICT, bodies[number % len(bodies)], kind=kind)
         answers.append((answer, time.monotonic() - asked))
 
     await by_many(url, connections, requests, work)
@@ -206,9 +208,8 @@ async def crowd(url: str, connections: int, requests: int) -> list[tuple[Reply, 
     return answers
 
 
-async def arrivals(url: str, bodies: Sequence[bytes], rate: float, seconds: float) -> list[Arrival]:
-    """An open loop: requests arrive at their times, however many are under way."""
-    requests = [request(VERDICT, body) for body in bodies]
+async def arrivals(url: str, requests: Sequence[bytes], rate: float, seconds: float) -> list[Arrival]:
+    """An open loop: requests, as they are sent, arrive at their times, however many are under way."""
     host, _, port = urlsplit(url).netloc.partition(":")
     loop = asyncio.get_running_loop()
     idle_callers: list[Caller] = []

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The long forms of the fault tests, measured, and mixed traffic for as long as asked.
 
-    python -m tests.faults.soak [--minutes 15]
+    python -m tests.faults.soak [--minutes 15] [--only overload …]
+
+Overload needs the evaluation photos.
 
 Writes tests/faults/results/soak.json and the table of docs/reliability.md. Ends with an error where a promise was
 broken; what was measured is written all the same.
@@ -28,6 +30,8 @@ import torch
 import uvloop
 from numpy.typing import NDArray
 
+from benchmarks.serving import networks
+from benchmarks.serving.workloads import WORKLOADS, Workload, encoded as encoded_files
 from tests.e2e.server import Process, running
 from tests.faults import report, scenarios
 from tests.faults.report import Result
@@ -40,9 +44,9 @@ DEADLINE_S = 2.0  # of a request under overload
 
 
 @contextmanager
-def served(**more: str) -> Iterator[Process]:
-    """The default model behind a server of its own."""
-    with tempfile.TemporaryDirectory() as state, running(EMBEDDED.parents[1], state_dir=state, **more) as server:
+def served(models: Path = EMBEDDED.parents[1], **more: str) -> Iterator[Process]:
+    """A model, by default the embedded one, behind a server of its own."""
+    with tempfile.TemporaryDirectory() as state, running(models, state_dir=state, **more) as server:
         yield server
         assert server.terminate() == 0
 
@@ -81,21 +85,29 @@ def vanishing() -> Result:
                 "wrong": seen.total() - seen["answered"] - seen["left"]}  # fmt: skip
 
 
-def overload(seconds: float) -> Result:
-    """First as much as the server does for as many callers as fill a batch, then ten times that as an open loop."""
-    with served(request_timeout_s=str(DEADLINE_S), queue_capacity="64") as server:
+def overload(seconds: float, workload: Workload) -> Result:
+    """First as much as the server does for as many callers as fill a batch, then ten times that as an open loop.
+
+    The forward is the eager one in both: a compiled one would take its place in the middle.
+    """
+    networks.ensure(workload)
+    bodies = [path.read_bytes() for path in encoded_files(workload.images)]
+    requests = [request(scenarios.VERDICT, body, kind=workload.mime) for body in bodies]
+    settings = {"request_timeout_s": str(DEADLINE_S), "queue_capacity": "64", "compile": "off"}
+    with served(workload.models, **settings) as server:
         pid = server.process.pid
-        asyncio.run(scenarios.crowd(server.url, 32, 500))  # warm
+        asyncio.run(scenarios.crowd(server.url, 32, 200, bodies, workload.mime))  # warm
         began, used = time.monotonic(), cpu_s(pid)
-        alone = asyncio.run(scenarios.crowd(server.url, 32, 3000))
+        alone = asyncio.run(scenarios.crowd(server.url, 32, 1500, bodies, workload.mime))
         rate, per_cpu_s = len(alone) / (time.monotonic() - began), len(alone) / (cpu_s(pid) - used)
         memory, used = resident_bytes(pid), cpu_s(pid)
-        answers = uvloop.run(scenarios.arrivals(server.url, scenarios.SMALL, report.OVERLOAD * rate, seconds))
+        answers = uvloop.run(scenarios.arrivals(server.url, requests, report.OVERLOAD * rate, seconds))
         asyncio.run(at_rest(server.url))
         admitted = [answer.took_s for answer in answers if answer.status == 200]
         refused = [answer.took_s for answer in answers if answer.status == 429]
         statuses = Counter(answer.status for answer in answers)
         return {
+            "workload": workload.title,
             "unloaded_per_s": round(rate),
             "offered_per_s": round(report.OVERLOAD * rate),
             "seconds": seconds,
@@ -239,17 +251,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=15, help="of mixed traffic")
     parser.add_argument("--overload", type=float, default=60, help="seconds of overload")
+    parser.add_argument("--only", nargs="+", help="stages to measure again; the others stay as they are stored")
     arguments = parser.parse_args()
-    result: Result = {"machine": machine()}
+    result: Result = json.loads((report.RESULTS / "soak.json").read_text()) if arguments.only else {}
+    result["machine"] = machine()
     stages: dict[str, Callable[[], Result]] = {
         "decoding": decoding,
         "vanishing": vanishing,
-        "overload": lambda: overload(arguments.overload),
+        "overload": lambda: overload(arguments.overload, WORKLOADS["A"]),
+        "overload_small": lambda: overload(arguments.overload, WORKLOADS["B"]),
         "mistreatment": mistreatment,
         "mixed": lambda: mixed(arguments.minutes),
     }
-    for name, stage in stages.items():
-        result[name] = stage()
+    for name in arguments.only or stages:
+        result[name] = stages[name]()
         sys.stdout.write(json.dumps({name: result[name]}) + "\n")
         sys.stdout.flush()
     result = json.loads(json.dumps(result))  # as it is read again

@@ -22,11 +22,11 @@ from detector import Detector, artifact as artifacts
 from detector.explain import Explanation, explain as real_explain
 from detector.images import Pixels
 from service import Settings
-from service.engine import Answer, Timing
 from service.explainer import MOST
 from service.metrics import Metrics
 from service.recent import SLOT_S, SLOTS, Recent
 from service.routes.console import PAGE, ROOT, assets
+from service.served import Answer, Timing
 from tests.helpers import GOOD, encoded, toy_images
 from tests.service.conftest import Running, serving
 from tests.service.test_verdict import assert_problem

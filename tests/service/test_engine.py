@@ -18,8 +18,9 @@ from hypothesis import given, settings, strategies as st
 
 from detector.errors import NonFiniteFeatures
 from detector.images import Pixels
-from service.engine import Answer, Engine, ServedModel
+from service.engine import Engine
 from service.errors import DeadlinePassed, EngineLost, NotReady, QueueFull, ScoringFailed
+from service.served import Answer, ServedModel
 
 
 class Gate:
