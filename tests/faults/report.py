@@ -88,7 +88,8 @@ def _overload(over: Result) -> Row:
     statuses = over["statuses"]
     work = over["admitted_per_cpu_s"] / over["unloaded_per_cpu_s"]
     return (
-        f"{over['workload']}: {OVERLOAD} times capacity for {over['seconds']:g} s, {over['offered_per_s']:,} requests/s",
+        f"{over['workload']}: {over['offered_per_s']:,} requests/s, {OVERLOAD} times capacity, "
+        f"for {over['seconds']:g} s",
         f"{statuses.get('200', 0):,} admitted and answered (p99 {over['admitted_p99_ms']:,.0f} ms; deadline "
         f"{over['deadline_ms']:,.0f} ms), {statuses.get('429', 0):,} refused with Retry-After (p99 "
         f"{over['refused_p99_ms']:,.0f} ms), {statuses.get('504', 0):,} late (504); {work:.0%} of the unloaded work "
