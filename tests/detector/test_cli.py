@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from detector.artifact import read_manifest
 from detector.cli import main
-from detector.cli_options import progress
+from detector.cli.options import progress
 from detector.features import Progress
 from detector.networks import CIFAR_PREPROCESSING, export_network
 from tests.helpers import TOY_CLASSES, encoded, photo, toy_images, toy_network
@@ -244,7 +244,7 @@ def test_evaluate_refuses_sets_it_cannot_tell_apart(
 def test_plots_without_matplotlib_say_what_to_install(
     fitted: Path, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("detector.cli_evaluate.find_spec", lambda name: None)
+    monkeypatch.setattr("detector.cli.evaluate.find_spec", lambda name: None)
     result = oodgate("evaluate", fitted, "--id", material / "test.npz", "--plots", tmp_path)
     assert result.exit_code == 2
     assert "pip install -c constraints.txt -e '.[plots]'" in result.output

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from detector import Detector
 from detector.artifact import read_manifest
 from detector.calibration import Scores
-from service.cli_drift import drift as command
+from service.cli.drift import drift as command
 from service.drift import Drift, DriftOptions, Reference, control_limits, merged
 from service.watch import references
 

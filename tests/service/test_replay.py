@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from detector.errors import DataError
 from service import Settings
-from service.cli_replay import replay
+from service.cli.replay import replay
 from service.replay import Mix, Replay, images_below, stream
 from tests.e2e.server import free_port
 from tests.helpers import ROOT, encoded, photo, toy_images
@@ -140,4 +140,4 @@ def test_a_mix_without_ood_images_is_refused(folders: tuple[Path, Path]) -> None
 
 def test_the_oodgate_command_knows_replay() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["oodgate.commands"]["replay"] == "service.cli_replay:replay"
+    assert project["entry-points"]["oodgate.commands"]["replay"] == "service.cli.replay:replay"

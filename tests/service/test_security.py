@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from pydantic import ValidationError
 
 from service import Settings, create_app
-from service.cli import token
+from service.cli.token import token
 from service.errors import AdminDisabled, AdminOnly, Unauthorized
 from service.security import ANONYMOUS, BadTokens, Caller, Tokens, read_tokens
 from tests.helpers import GOOD

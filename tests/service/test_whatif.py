@@ -22,7 +22,8 @@ from detector.cli import Commands
 from detector.scores import FitOptions
 from service import Settings
 from service.audit import Audit
-from service.whatif import Asked, replay, whatif
+from service.cli.whatif import whatif
+from service.whatif import Asked, replay
 from tests.helpers import ROOT, encoded, toy_dataset, toy_images, toy_model, toy_network
 from tests.service.conftest import serving
 from tests.service.test_admin import BOSS

@@ -12,7 +12,7 @@ from typing import TypeVar
 import click
 
 from detector import artifact as artifacts
-from detector.cli_options import DATA, DEVICE, EXISTING, progress
+from detector.cli.options import DATA, DEVICE, EXISTING, progress
 from detector.data import Dataset, open_dataset
 from detector.detector import Detector
 from detector.evaluation import OodSet, measure, summarise, summary

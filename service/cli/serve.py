@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`oodgate serve` and `oodgate token`."""
+"""`oodgate serve`."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import resource
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +48,6 @@ def serve(**flags: Any) -> None:
     server.run()
     if not server.started:
         raise SystemExit(3)
-
-
-@click.command()
-def token() -> None:
-    """Make a token: give the first line to the caller, the second to the server."""
-    secret = secrets.token_urlsafe(32)
-    click.echo(f"token   {secret}")
-    click.echo(f"sha256  {hashlib.sha256(secret.encode()).hexdigest()}")
 
 
 def _allow_many_connections() -> None:
