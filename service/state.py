@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 from service.errors import StateUnwritable
+
+_one_at_a_time = threading.Lock()  # two writers of one file share its partial
 
 
 def write_whole(path: Path, content: str) -> None:
@@ -16,12 +19,13 @@ def write_whole(path: Path, content: str) -> None:
         StateUnwritable: the state folder cannot be written; the old file is as it was.
     """
     partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise StateUnwritable(path, error) from error
+    with _one_at_a_time:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("w") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            raise StateUnwritable(path, error) from error
