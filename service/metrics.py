@@ -58,6 +58,7 @@ class _ModelSeries:
     decisions: Mapping[Reason, Counter]
     p_value: Histogram
     borderline: Counter
+    shadows: Mapping[str, Counter]
     disagreements: Mapping[str, Counter]
 
 
@@ -80,6 +81,7 @@ class Metrics:
 
         self.decisions = counter("decisions", "Images judged.", (*SCORED, "decision", "reason"))
         self.p_value = histogram("p_value", "Conformal p-value of each image.", SCORED, P_VALUE_BUCKETS)
+        self.shadow_scores = counter("shadow_scores", "Images for which a shadow score was computed.", SCORED)
         self.shadow_disagreements = counter(
             "shadow_disagreements", "Images that a shadow score, at the same cut-off, would judge otherwise.", SCORED
         )
@@ -212,6 +214,7 @@ class Metrics:
             },
             p_value=self.p_value.labels(*model, score),
             borderline=self.borderline.labels(*model, score),
+            shadows={name: self.shadow_scores.labels(*model, name) for name in decider.shadows},
             disagreements={name: self.shadow_disagreements.labels(*model, name) for name in decider.shadows},
         )
 
@@ -272,16 +275,19 @@ class Metrics:
         series = self._of_model[manifest.name, manifest.version, decider.policy.score_name]
         for reason, images in Tally(verdict.reason for verdict in verdicts).items():
             series.decisions[reason].inc(images)
-        differing: Tally[str] = Tally()
+        computed, differing = Tally[str](), Tally[str]()
         borderline = 0
         for verdict in verdicts:
             ood = verdict.ood
             series.p_value.observe(ood.p_value)
             borderline += ood.borderline
             deferred = ood.p_value <= ood.p_cutoff
+            computed.update(ood.shadow)
             differing.update(
                 name for name, shadow in ood.shadow.items() if (shadow.p_value <= ood.p_cutoff) != deferred
             )
         series.borderline.inc(borderline)
+        for name, images in computed.items():
+            series.shadows[name].inc(images)
         for name, images in differing.items():
             series.disagreements[name].inc(images)

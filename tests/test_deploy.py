@@ -114,14 +114,15 @@ def test_image_starts_without_a_shell_so_that_signals_arrive(instruction: str) -
 # --- compose ---
 
 
-def test_compose_file_follows_the_specification() -> None:
+@pytest.mark.parametrize("name", ["docker-compose.yml", "docker-compose.cuda.yml"])
+def test_compose_files_follow_the_specification(name: str) -> None:
     command = [
         sys.executable,
         "-m",
         "check_jsonschema",
         "--builtin-schema",
         "vendor.compose-spec",
-        "docker-compose.yml",
+        name,
     ]
     check = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert check.returncode == 0, check.stdout + check.stderr
@@ -138,7 +139,9 @@ def test_compose_waits_for_each_service_to_be_healthy() -> None:
 
 def test_compose_builds_a_target_and_passes_arguments_that_the_image_has() -> None:
     build = compose_services()["oodgate"]["build"]
-    assert build["target"] == "${OODGATE_TARGET:-cpu}"
+    override = loaded(ROOT / "docker-compose.cuda.yml")["services"]["oodgate"]
+    for target in (build["target"], override["build"]["target"]):
+        assert re.search(rf"^FROM .* AS {target}$", DOCKERFILE, re.MULTILINE)
     assert set(build["args"]) <= set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
 
 
