@@ -62,21 +62,39 @@ class Registry:
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
     def load_all(self) -> None:
-        """Load and warm the newest version of every model.
+        """Load and warm the newest version of every model, or the newest below it that can be served.
 
         Raises:
             ArtifactNotFound: there is no model at all, or none of the default's name.
-            OodgateError: a model cannot be loaded; the message names it.
+            OodgateError: no version of a model can be loaded; the message is that of the newest.
         """
-        found = newest_versions(self._settings.models)
+        found = [path.parent.name for path in newest_versions(self._settings.models)]
         if not found:
             raise ArtifactNotFound(
                 f"{self._settings.models} holds no model (NAME/NUMBER/manifest.json); give the folder with --models"
             )
-        for directory in found:
-            self._take(self._load(directory), directory)
+        for name in found:
+            self._load_newest_whole(name)
         if self._settings.default_model and self._settings.default_model not in self._models:
             raise ArtifactNotFound(f"OODGATE_DEFAULT_MODEL {self._settings.default_model!r} is not in {self.names}")
+
+    def _load_newest_whole(self, name: str) -> None:
+        versions = [path for path in all_versions(self._settings.models) if path.parent.name == name]
+        newest, *older = sorted(versions, key=lambda path: int(path.name), reverse=True)
+        try:
+            return self._take(self._load(newest), newest)
+        except OodgateError as error:
+            refused = error
+        for directory in older:
+            try:
+                self._take(self._load(directory), directory)
+            except OodgateError:
+                continue
+            self._failures[name] = LoadFailure(newest.name, refused.code, str(refused))
+            extra = {"model": name, "version": directory.name, "code": refused.code}
+            log.error("an older version is served, the newest cannot be: %s", refused, extra=extra)
+            return None
+        raise refused
 
     @property
     def names(self) -> list[str]:

@@ -28,12 +28,13 @@ DOOR = "oodgate.door"  # in the lifespan's state: see `service.door`
 class BoundedProtocol(HttpToolsProtocol):
     """HTTP/1.1 whose request heads, and bodies that nobody reads any more, are bounded in bytes and in time.
 
-    The parser under it keeps a head of any length, for as long as a client takes to send it, and takes the rest of a
-    body for ever once its answer was sent. Requests that the door turns away are answered here and go no further.
+    The parser under it keeps a head, and trailers behind a body, of any length, for as long as a client takes to send
+    them, and takes the rest of a body for ever once its answer was sent. Requests that the door turns away are answered here and go no further.
     """
 
     _head_bytes = 0
     _surplus_bytes = 0
+    _unread_bytes = 0  # since the last of a body: heads of chunks, and trailers
     _in_head = False
     _in_body = False
     _refused = False
@@ -55,9 +56,13 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        began_before = self._in_head
+        began_before, body_before = self._in_head, self._in_body
+        self._unread_bytes += len(data) if body_before else 0
         super().data_received(data)
         if self._refused or self.transport.is_closing():
+            return
+        if self._in_body and self._unread_bytes > MAX_HEAD_BYTES:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, _TOO_LARGE)
             return
         if self._in_body and self._answered:
             self._take_surplus(len(data))
@@ -71,7 +76,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._late = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
 
     def on_message_begin(self) -> None:
-        self._in_head, self._head_bytes, self._surplus_bytes, self._turned_away = True, 0, 0, False
+        self._in_head, self._turned_away = True, False
+        self._head_bytes = self._surplus_bytes = self._unread_bytes = 0
         self._unset_keepalive_if_required()  # the request before it may have ended in the same chunk
         super().on_message_begin()
 
@@ -84,6 +90,7 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._unread_bytes = 0
         if not (self._refused or self._turned_away):
             super().on_body(body)
 

@@ -176,6 +176,18 @@ def test_a_version_that_cannot_be_served_leaves_the_old_one_and_says_why(models:
         assert running.metric("oodgate_model_ready", model="toy", version="1") == 1
 
 
+def test_a_start_serves_the_newest_version_that_is_whole(models: Path, tmp_path: Path) -> None:
+    add_version(models, 2)
+    for number in (3, 4):
+        broken = add_version(models, number) / SCORES
+        broken.write_bytes(broken.read_bytes()[:-1])
+    with serving(settings(models, tmp_path / "state")) as running:
+        card = running.client.get("/v1/models/toy").json()
+        assert (card["version"], card["failed_update"]["version"]) == ("2", "4")
+        assert SCORES in card["failed_update"]["detail"]
+        assert post(running.client, GOOD).status_code == 200
+
+
 def test_an_older_version_can_be_named_and_an_unknown_one_is_a_404(models: Path, tmp_path: Path) -> None:
     add_version(models, 2)
     with serving(settings(models, tmp_path / "state")) as running:

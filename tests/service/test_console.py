@@ -78,7 +78,8 @@ def test_an_explanation_counts_in_no_metric_of_verdicts(toy_models: Path) -> Non
 
 def test_what_only_the_admin_may_see_is_not_explained_to_others(toy_models: Path) -> None:
     with serving(Settings(models=toy_models, expose="decision")) as running:
-        for answer in (explain(running.client), running.client.get("/v1/models/toy/report")):
+        paths = ("/v1/models/toy/report", "/v1/monitor")
+        for answer in (explain(running.client), *map(running.client.get, paths)):
             assert (answer.status_code, answer.json()["code"]) == (403, "admin_only")
 
 

@@ -136,3 +136,27 @@ def test_a_draining_server_is_not_ready_and_still_answers(toy_models: Path) -> N
         assert running.client.get("/v2/health/live").status_code == 200
         answered = running.client.post("/v1/verdict", content=GOOD, headers={"content-type": "image/png"})
         assert answered.status_code == 200
+
+
+@pytest.mark.parametrize("line", [b"t: " + b"x" * 4000, b"t:x\r\n" * 800], ids=["one that never ends", "many"])
+@pytest.mark.parametrize("path", [b"/v1/verdict", b"/nowhere"])
+def test_trailers_beyond_the_limit_end_the_connection(shared_server: Running, line: bytes, path: bytes) -> None:
+    head = b"POST %b HTTP/1.1\r\nhost: here\r\ncontent-type: image/png\r\ntransfer-encoding: chunked\r\n\r\n" % path
+    with connect(shared_server) as connection:
+        connection.sendall(head + b"%x\r\n%b\r\n0\r\n" % (len(GOOD), GOOD))
+        sent = 0
+        with pytest.raises(OSError, match=r"reset|Broken pipe"):
+            while sent < 100 * MAX_HEAD_BYTES:
+                connection.sendall(line)
+                sent += len(line)
+    with connect(shared_server) as connection:
+        connection.sendall(LIVE + b"connection: close\r\n\r\n")
+        assert answer(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_a_body_in_chunks_of_a_byte_is_taken(shared_server: Running) -> None:
+    head = b"POST /v1/verdict HTTP/1.1\r\nhost: here\r\ncontent-type: image/png\r\nconnection: close\r\n"
+    chunks = b"".join(b"1;an-extension=of-its-own\r\n%c\r\n" % byte for byte in GOOD)
+    with connect(shared_server) as connection:
+        connection.sendall(head + b"transfer-encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
+        assert answer(connection).startswith(b"HTTP/1.1 200")
