@@ -419,7 +419,8 @@ def test_no_table_of_the_monitor_is_cut_off(browser: Browser, server: Process, w
     traffic(server)
     browser.appearance("light", width)
     browser.open("monitor")
-    browser.until(lambda: "100.0\xa0%" in browser.text("#monitor [aria-label='Decisions by predicted class']"))
+    classes = "#monitor [aria-label='Decisions by predicted class']"
+    browser.until(lambda: "100 %" in browser.text(classes).replace("\xa0", " "))
     cut = browser.run(
         "return [...document.querySelectorAll('#monitor .scroll')].filter((one) => one.scrollWidth > one.clientWidth)"
         ".map((one) => `${one.ariaLabel}: ${one.scrollWidth} > ${one.clientWidth}`)"
