@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from benchmarks.cifar10 import drawn
 from benchmarks.cifar10.train import MEAN, STD
 from detector import Detector
 from detector.images import Pixels
@@ -79,12 +80,16 @@ def main() -> None:
     for name, pixels in (("cat", cat), ("static", static())):
         _write(detector, OUT / f"{name}.png", pixels)
     samples = (
-        ("cat", "a typical cat", cat),
-        ("horse", "a typical horse", dreamt(detector, HORSE)),
-        ("ship", "a typical ship", dreamt(detector, SHIP)),
+        ("cat", "the model's idea of a cat", cat),
+        ("horse", "the model's idea of a horse", dreamt(detector, HORSE)),
+        ("ship", "the model's idea of a ship", dreamt(detector, SHIP)),
         ("patched", "a cat, half covered by static", with_static(cat, 22)),
         ("static", "static", static()),
         ("stripes", "stripes", stripes()),
+        ("drawn-ship", "a drawn ship", np.asarray(drawn.ship())),
+        ("drawn-airplane", "a drawn airplane", np.asarray(drawn.airplane())),
+        ("smiley", "a smiley", np.asarray(drawn.smiley())),
+        ("text", "text", np.asarray(drawn.text())),
     )
     SAMPLES.mkdir(exist_ok=True)
     for name, _, pixels in samples:

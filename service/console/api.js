@@ -4,10 +4,21 @@
 const KEY = "oodgate.token";
 const TIMEOUT_MS = 60_000;
 
+/** The bearer token of this tab; `works` once a request has succeeded with it. A change is told as the event "token". */
 export const token = {
+  works: false,
   get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (value) => value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY),
+  set(value) {
+    if (value) sessionStorage.setItem(KEY, value);
+    else sessionStorage.removeItem(KEY);
+    tell(false);
+  },
 };
+
+function tell(works) {
+  token.works = works;
+  dispatchEvent(new Event("token"));
+}
 
 export class Failure extends Error {
   constructor(message, status = 0, problem = {}) {
@@ -19,8 +30,8 @@ export class Failure extends Error {
 }
 
 export async function call(path, options = {}) {
-  const headers = new Headers(options.headers);
-  if (token.get()) headers.set("Authorization", `Bearer ${token.get()}`);
+  const headers = new Headers(options.headers), sent = token.get();
+  if (sent) headers.set("Authorization", `Bearer ${sent}`);
   let response;
   try {
     response = await fetch(path, { ...options, headers, signal: AbortSignal.timeout(TIMEOUT_MS) });
@@ -29,6 +40,7 @@ export async function call(path, options = {}) {
       ? "The server did not answer within a minute. It may be overloaded; try again, or ask its operator."
       : "The server cannot be reached. Check your network and that oodgate still runs, then try again.");
   }
+  if (sent && sent === token.get() && (response.ok || response.status === 401)) tell(response.ok);
   const body = await response.json().catch(() => ({}));
   if (!response.ok) throw new Failure(inWords(response.status, body), response.status, body);
   return body;
@@ -40,7 +52,9 @@ export const plain = ({ detail = "" }) => detail.replace(/^image \d+: /, "");
 export function inWords(status, problem) {
   const detail = plain(problem);
   const sentences = {
-    401: "This server wants to know who asks. Type your token under “Token” above, then try again.",
+    401: token.get()
+      ? "The server refuses the token that is set. Type your token again under “Token” above, or press “Forget it” there: a server that needs none refuses any."
+      : "This server wants to know who asks. Type your token under “Token” above, then try again.",
     403: problem.code === "admin_disabled"
       ? "Nothing can be changed here: the server was started without an admin token."
       : "Only the admin may do this. Type the admin's token under “Token” above.",

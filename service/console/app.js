@@ -10,25 +10,22 @@ import * as tryIt from "./try.js";
 const tabs = [...document.querySelectorAll("[role=tab]")];
 const panel = (tab) => document.getElementById(tab.getAttribute("aria-controls"));
 
-let again = null; // what to do once more when the cause is gone
-
+/** Show an error, with a button where another try may help; null when the cause is gone. */
 function report(error, retry = null) {
   const place = $("#problem"), news = error && place.firstChild?.textContent !== error.message;
-  again = error && !error.ofImage ? retry : null;
+  const again = error && !error.ofImage ? retry : null;
+  if (error && !news && Boolean(again) === Boolean($("button", place))) return; // it may have the focus
   place.hidden = !error;
   place.replaceChildren(...(error ? [el("span", {}, error.message)] : []),
-    ...(again ? [el("button", { onclick: tryAgain }, "Try again")] : []));
+    ...(again ? [el("button", { onclick: () => { report(null); again(); } }, "Try again")] : []));
   if (news && (error.status === 401 || error.problem?.code === "admin_only")) {
     $("#access").open = true;
     $("#token").focus();
   }
 }
 
-function tryAgain() {
-  const once = again;
-  report(null);
-  once?.();
-}
+/** What waits can be tried again, whatever went wrong meanwhile. */
+const retry = () => (tryIt.waits() ? tryIt.resume : null);
 
 function select(name) {
   const chosen = tabs.find((tab) => tab.getAttribute("aria-controls") === name) ?? tabs[0];
@@ -38,6 +35,7 @@ function select(name) {
     tab.tabIndex = tab === chosen ? 0 : -1;
     panel(tab).hidden = tab !== chosen;
   }
+  tryIt.resume();
   monitor.stop();
   if (panel(chosen).id === "monitor") monitor.start($("#monitor"), report);
   if (panel(chosen).id === "model") model.draw($("#model"), report);
@@ -58,30 +56,29 @@ for (const [index, tab] of tabs.entries()) {
 addEventListener("hashchange", () => select(location.hash.slice(1)));
 
 function showToken() {
-  $("#access summary").textContent = token.get() ? "Token ✓" : "Token";
+  $("#access summary").textContent = token.works ? "Token ✓" : "Token";
   $("#token").placeholder = token.get() ? "one is set" : "none is set";
 }
 
 async function useToken(value) {
   token.set(value);
   $("#token").value = "";
-  showToken();
   try {
     await call("v1/models");
-    const once = again;
     $("#access").open = false;
     select(location.hash.slice(1));
     tryIt.introduce().catch(() => {});
-    once?.();
   } catch (error) {
-    report(error, again); // what waits for a token goes on waiting
+    report(error, retry());
   }
 }
+addEventListener("token", showToken);
 $("#token-form").addEventListener("submit", (event) => { event.preventDefault(); useToken($("#token").value.trim()); });
 $("#token-forget").addEventListener("click", () => useToken(""));
 addEventListener("keydown", ({ key }) => { if (key === "Escape") $("#access").open = false; });
-addEventListener("offline", () => report(new Error("Your network is down. What is on the page stays; try again once it is back."), again));
-addEventListener("online", tryAgain);
+addEventListener("offline", () => report(new Error("Your network is down. What is on the page stays; try again once it is back."), retry()));
+addEventListener("online", () => { report(null); tryIt.resume(); });
+addEventListener("focus", () => retry()?.()); // back from starting the server, or from looking up a token
 
 showToken();
 await tryIt.start(report);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // uPlot in our colours: bars with a mark, and lines. Each has a name for screen readers; the numbers stand in tables.
 import uPlot from "./vendor/uplot-1.6.32/uPlot.esm.js";
-import { el } from "./dom.js";
+import { el, number } from "./dom.js";
 
 const drawn = new Map(); // element -> how to draw it again, when the width or the colours change
 
@@ -16,13 +16,13 @@ const axis = (label, size) => ({
 const across = (label) => axis(label, 26);
 const upwards = (label, size = 44) => axis(label, size);
 
-function chart(label, height, marks, options, data) {
+function chart(label, height, marks, options, data, right = 24) {
   const element = el("div", { class: "chart", role: "img", "aria-label": label });
   element.style.minHeight = `${height}px`; // so that nothing jumps while it is drawn
   const draw = () => {
     if (!element.clientWidth) return;
     element.replaceChildren();
-    new uPlot({ width: element.clientWidth, height, padding: [marks.length ? 36 : 8, 24, 0, 0], cursor: { show: false }, legend: { show: false }, ...options() }, data, element);
+    new uPlot({ width: element.clientWidth, height, padding: [marks.length ? 36 : 8, right, 0, 0], cursor: { show: false }, legend: { show: false }, ...options() }, data, element);
   };
   forgetOld();
   drawn.set(element, draw);
@@ -74,22 +74,34 @@ const verticals = (marks) => ({
 
 /**
  * Counts between edges as bars, with marks {at, name, colour, dash}. Where `level` is given, a line across; where
- * `beyond` is, bars from there on in another colour.
+ * `beyond` is, bars from there on in another colour. `clamped`: the end bars hold all that lies beyond the edges too.
  */
-export function bars(label, edges, counts, { marks = [], level = null, beyond = Infinity, x = "", y = "", top = null, share = false, height = 230 } = {}) {
+export function bars(label, edges, counts, { marks = [], level = null, beyond = Infinity, clamped = false, x = "", y = "", top = null, share = false, height = 230 } = {}) {
   const middles = counts.map((_, index) => (edges[index] + edges[index + 1]) / 2);
-  const far = (index) => edges[index + 1] > beyond;
+  const far = (index) => edges[index + 1] > beyond || (clamped && beyond < Infinity && index === counts.length - 1);
   const data = [middles, counts.map((count, index) => (far(index) ? null : count)), counts.map((count, index) => (far(index) ? count : null)),
     ...(level == null ? [] : [counts.map(() => level)])];
-  const low = Math.min(edges[0], ...marks.map((mark) => mark.at)), high = Math.max(edges.at(-1), ...marks.map((mark) => mark.at));
+  const room = (edges.at(-1) - edges[0]) / 8; // for marks that lie outside; those still farther away stand at its end
+  const within = (at) => Math.min(Math.max(at, edges[0] - room), edges.at(-1) + room);
+  const shown = marks.map((mark) => ({ ...mark, at: within(mark.at), name: named(mark, within(mark.at)) }));
+  const low = Math.min(edges[0], ...shown.map((mark) => mark.at)), high = Math.max(edges.at(-1), ...shown.map((mark) => mark.at));
   const paths = uPlot.paths.bars({ size: [0.92] });
   const filled = (hue) => ({ fill: colour(hue), stroke: colour(hue), width: 0, paths, points: { show: false } });
-  return chart(label, height, marks, () => ({
+  return chart(label, height, shown, () => ({
     scales: { x: { time: false, range: [low, high] }, y: { range: (_, __, most) => [0, 1.08 * (top ?? Math.max(1, most))] } },
-    axes: [across(x), share ? shares(y) : upwards(y)],
+    axes: [clamped ? { ...across(x), ...ends(edges), size: 40 } : across(x), share ? shares(y) : upwards(y)],
     series: [{}, filled("series"), filled("bad"), ...(level == null ? [] : [{ stroke: colour("mark"), width: 2, dash: [6, 4], points: { show: false } }])],
-    plugins: [verticals(marks)],
-  }), data);
+    plugins: [verticals(shown)],
+  }), data, clamped ? 40 : 24);
+}
+
+const named = ({ at, name }, shown) => (at > shown ? `${name} →` : at < shown ? `← ${name}` : name);
+
+/** Ticks from edge to edge; the first and the last say that their bars hold more. */
+function ends(edges) {
+  const ticks = [0, 1, 2, 3, 4].map((quarter) => edges[0] + quarter * (edges.at(-1) - edges[0]) / 4);
+  const text = (tick, index) => (index === 0 || index === ticks.length - 1 ? `${number(tick)}\nand beyond` : number(tick));
+  return { splits: () => ticks, values: (_, found) => found.map(text) };
 }
 
 const shares = (label) => ({ ...upwards(label, 50), values: (_, ticks) => ticks.map((tick) => `${+(100 * tick).toFixed(1)} %`) });

@@ -26,4 +26,7 @@ export function table(caption, head, rows) {
 
 export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}\u00a0%`;
 
+/** Only what is certain is 100 %. */
+export const confidence = (share) => percent(share < 1 ? Math.min(share, 0.999) : share);
+
 export const number = (value) => Math.abs(value) >= 1000 || value === 0 ? value.toFixed(0) : value.toPrecision(3);

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Several images as a table that sorts by any column.
 import { plain } from "./api.js";
-import { $, el, percent } from "./dom.js";
+import { $, confidence, el } from "./dom.js";
 import * as store from "./store.js";
 
 const COLUMNS = [
   ["name", "Image", (item) => item.name],
-  ["decision", "Decision", (item) => item.verdict?.decision ?? "problem"],
+  ["decision", "Decision", (item) => item.verdict?.decision ?? (item.problem ? "problem" : "waits")],
   ["label", "Prediction", (item) => item.verdict?.prediction.label ?? ""],
   ["confidence", "Confidence", (item) => item.verdict?.prediction.confidence ?? -1],
   ["p", "p-value", (item) => item.verdict?.ood?.p_value ?? -1],
@@ -24,9 +24,10 @@ export function draw(place, items, chosen, choose) {
   };
   const focused = document.activeElement?.dataset?.key;
   const deferred = items.filter((item) => item.verdict?.decision === "defer").length;
+  const waiting = items.filter((item) => !item.verdict && !item.problem).length;
   place.replaceChildren(el("div", { class: "card scroll", tabindex: "0", role: "region", "aria-label": "Verdicts" },
     el("table", { class: "verdicts" },
-      el("caption", {}, el("strong", {}, `${items.length} images, ${deferred} deferred`), " · pick one to see why"),
+      el("caption", {}, el("strong", {}, `${items.length} images, ${deferred} deferred${waiting ? `, ${waiting} waiting` : ""}`), " · pick one to see why"),
       el("thead", {}, el("tr", {}, el("td"), COLUMNS.map((column) => head(column, order, sortBy)))),
       el("tbody", {}, sorted(items, order).map(({ item, index }) => row(item, index, chosen, choose))))));
   if (focused) $(`[data-key="${CSS.escape(focused)}"]`, place)?.focus();
@@ -53,6 +54,6 @@ function row(item, index, chosen, choose) {
     el("td", {}, el("button", { class: "link", "data-key": `row-${index}`, "aria-current": index === chosen ? "true" : null, onclick: () => choose(index) }, item.name)),
     ...(verdict
       ? [el("td", {}, el("span", { class: `tag ${verdict.decision}` }, verdict.decision)), el("td", {}, verdict.prediction.label),
-        el("td", { class: classes("confidence") }, percent(verdict.prediction.confidence)), el("td", { class: "number" }, verdict.ood?.p_value.toFixed(4) ?? "–")]
-      : [el("td", { colspan: 4 }, plain(item.problem))]));
+        el("td", { class: classes("confidence") }, confidence(verdict.prediction.confidence)), el("td", { class: "number" }, verdict.ood?.p_value.toFixed(4) ?? "–")]
+      : [el("td", { colspan: 4 }, item.problem ? plain(item.problem) : "waits for another try")]));
 }

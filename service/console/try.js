@@ -12,8 +12,9 @@ const PART = { images: 16, bytes: 12 * 2 ** 20 }; // of one request
 const THUMBNAIL = 256;
 
 let report; // shows an error, and a way to try again
-let items = []; // {file, name, type, thumbnail, verdict | problem, explanation?}
+let items = []; // {file, name, type}; once judged with {thumbnail, verdict | problem, explanation?}
 let chosen = 0;
+let judging = null, explaining = null; // the items, and the item, that the server is asked about now
 
 export async function start(onProblem) {
   report = onProblem;
@@ -27,9 +28,7 @@ export async function start(onProblem) {
   addEventListener("drop", (event) => { event.preventDefault(); drop.classList.remove("over"); take([...event.dataTransfer.files]); });
   addEventListener("paste", (event) => { if (event.clipboardData.files.length) take([...event.clipboardData.files]); });
   [items, chosen] = [await store.kept().catch(() => []), store.load("chosen", 0)];
-  draw();
   samples().catch(() => {}); // they are no more than an offer
-  explained(items[chosen]); // where the reload came before the heat map
 }
 
 /** What the default model can tell apart; asked again when a token was given. */
@@ -61,52 +60,105 @@ async function take(files) {
   report(others || !images.length ? new Error(
     files.length ? `${others} of ${files.length} files left out: only JPEG, PNG and WebP can be judged. Save them as one of these.`
       : "That was no file. Save the image first, then drop or choose it.") : null);
-  if (images.length) await judged(images, []);
+  if (images.length) await begin(images);
 }
 
-/** Judge images one request after another. Those left when one fails can be tried again, behind those that are done. */
-async function judged(images, done) {
-  const status = $("#progress");
-  let left = images;
-  try {
-    for (const part of parts(images)) {
-      status.textContent = images.length === 1 ? `Judging ${images[0].name} …` : `Judged ${done.length} of ${done.length + left.length} …`;
-      const answers = part.length > 1 ? await judgeAll(part) : [await judge(part[0]).catch((error) => {
-        if (!error.ofImage || images.length + done.length === 1) throw error;
-        return { problem: error.problem }; // one bad image among several is a row of the table
-      })];
-      for (const [index, answer] of answers.entries()) done.push(await described(part[index], answer));
-      left = left.slice(part.length);
-    }
-  } catch (error) {
-    report(error, () => judged(left, done));
-  }
-  status.textContent = "";
-  if (!done.length) return;
-  [items, chosen] = [done, 0];
+/** These take the place of all before them, and are kept until they are judged. */
+async function begin(files) {
+  items = files.map((file) => ({ file, name: file.name || "pasted.png", type: file.type }));
+  chosen = 0;
+  await keepAll();
+  await resume();
+}
+
+async function keepAll() {
   await store.forget().catch(() => {});
   for (const [place, item] of items.entries()) store.keep(place, item).catch(() => {});
-  draw();
-  await explained(items[0]);
-  if (!left.length) $("#result").focus({ preventScroll: items.length > 1 });
 }
 
-function* parts(images) {
+const waiting = () => items.filter((item) => !item.verdict && !item.problem);
+
+export const waits = () => waiting().length > 0;
+
+/** Go on with what a missing network, token or server held up: judge what waits, explain what is shown. */
+export async function resume() {
+  const judged = await judgeWaiting();
+  draw();
+  if (judged) lookAtResult();
+  await explainShown();
+}
+
+/** Whether all that waited was judged, one request after another. What is left when one fails goes on waiting. */
+async function judgeWaiting() {
+  if (judging === items || !waits()) return false;
+  const mine = judging = items, status = $("#progress");
+  try {
+    for (const part of parts(waiting())) {
+      status.textContent = mine.length === 1 ? `Judging ${mine[0].name} …` : `Judged ${mine.length - waiting().length} of ${mine.length} …`;
+      const answers = await answersTo(part);
+      for (const [index, { problem, ...verdict }] of answers.entries()) {
+        Object.assign(part[index], { thumbnail: await thumbnail(part[index].file) }, problem ? { problem } : { verdict });
+        if (items === mine) store.keep(mine.indexOf(part[index]), part[index]).catch(() => {});
+      }
+      if (items !== mine) return false; // others took their place
+    }
+    return true;
+  } catch (error) {
+    if (items === mine) failed(error);
+    return false;
+  } finally {
+    if (judging === mine) {
+      judging = null;
+      status.textContent = "";
+    }
+  }
+}
+
+/** One answer for each image; where there are others, a bad one has its problem for an answer. */
+async function answersTo(part) {
+  if (part.length > 1) {
+    try {
+      return await judgeAll(part.map(({ file }) => file));
+    } catch (error) {
+      if (error.status !== 413) throw error; // too much at once may pass one by one
+    }
+  }
+  const alone = items.length === 1, answers = [];
+  for (const { file } of part) {
+    answers.push(await judge(file).catch((error) => {
+      if (!error.ofImage || alone) throw error;
+      return { problem: error.problem };
+    }));
+  }
+  return answers;
+}
+
+function failed(error) {
+  if (error.ofImage && items.length === 1) {
+    error.message = `${items[0].name}: ${error.message}`;
+    items = [];
+    store.forget().catch(() => {});
+  }
+  report(error, resume);
+}
+
+/** For those who wait for it; who is elsewhere on the page stays there. */
+function lookAtResult() {
+  const at = document.activeElement;
+  if (at === document.body || $("#try").contains(at)) $("#result").focus({ preventScroll: items.length > 1 });
+}
+
+function* parts(waiting) {
   let part = [], bytes = 0;
-  for (const image of images) {
-    if (part.length && (part.length === PART.images || bytes + image.size > PART.bytes)) {
+  for (const item of waiting) {
+    if (part.length && (part.length === PART.images || bytes + item.file.size > PART.bytes)) {
       yield part;
       [part, bytes] = [[], 0];
     }
-    part.push(image);
-    bytes += image.size;
+    part.push(item);
+    bytes += item.file.size;
   }
   yield part;
-}
-
-async function described(file, { problem, ...verdict }) {
-  const base = { file, name: file.name || "pasted.png", type: file.type, thumbnail: await thumbnail(file) };
-  return problem ? { ...base, problem } : { ...base, verdict };
 }
 
 async function thumbnail(file) {
@@ -121,13 +173,17 @@ async function thumbnail(file) {
   }
 }
 
-async function explained(item) {
-  if (!item?.verdict?.ood || item.explanation) return;
+async function explainShown() {
+  const item = items[chosen];
+  if (!item?.verdict?.ood || item.explanation || explaining === item) return;
+  explaining = item;
   try {
     item.explanation = (await explain(item.file)).explanation;
   } catch (error) {
-    report(error, () => explained(item));
+    if (items[chosen] === item) report(error, resume);
     return;
+  } finally {
+    if (explaining === item) explaining = null;
   }
   if (items.includes(item)) store.keep(items.indexOf(item), item).catch(() => {});
   draw();
@@ -135,6 +191,7 @@ async function explained(item) {
 
 async function forget() {
   items = [];
+  report(null);
   await store.forget().catch(() => {});
   draw();
   $("#files").focus();
@@ -143,7 +200,7 @@ async function forget() {
 function choose(index) {
   chosen = index;
   draw();
-  explained(items[index]);
+  explainShown();
 }
 
 function draw() {
@@ -151,5 +208,5 @@ function draw() {
   several.draw($("#several"), items, chosen, choose);
   const item = items[chosen];
   $("#result").hidden = !item;
-  if (item) show($("#result"), item, forget);
+  if (item) show($("#result"), item, forget, () => begin(items.map(({ file }) => file)));
 }

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // A verdict in words for people who have never heard of conformal p-values.
-import { percent } from "./dom.js";
+import { confidence, percent } from "./dom.js";
 
 export function decision(verdict) {
-  const { label, confidence } = verdict.prediction;
-  const says = `The model says “${label}” with ${percent(confidence, confidence > 0.999 ? 2 : 0)} confidence`;
+  const says = `The model says “${verdict.prediction.label}” with ${confidence(verdict.prediction.confidence)} confidence`;
   if (verdict.decision === "accept") {
     return { word: "Accepted", text: `${says}, and the image looks like those it was calibrated on: its answer may be used.` };
   }

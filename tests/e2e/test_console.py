@@ -14,6 +14,7 @@ import threading
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -159,13 +160,13 @@ def test_everything_on_the_page_is_reached_with_the_tab_key(browser: Browser) ->
     browser.driver.get(f"{browser.url}/")
     browser.until(lambda: browser.find("#samples button"))
     reached = []
-    for _ in range(13):
+    texts = [one["text"] for one in json.loads((SAMPLES / "samples.json").read_text())]
+    for _ in range(5 + len(texts)):
         ActionChains(browser.driver).send_keys(Keys.TAB).perform()
         active = browser.driver.switch_to.active_element
         reached.append(active.get_attribute("id") or active.text.split("\n")[0])
-    texts = [one["text"] for one in json.loads((SAMPLES / "samples.json").read_text())]
     assert reached[:5] == ["Skip to the content", "tab-try", "Token", "files", "photo"]
-    assert reached[5 : 5 + len(texts)] == texts
+    assert reached[5:] == texts
 
 
 def test_several_images_give_a_table_that_sorts_and_names_the_bad_one(browser: Browser) -> None:
@@ -190,6 +191,60 @@ def test_a_bad_image_that_falls_into_a_request_of_its_own_is_a_row_like_others(b
     verdict_of(browser)
     assert len(browser.all("#several tbody tr")) == 17
     assert browser.text("#several caption").startswith("17 images, 0 deferred")
+
+
+def test_a_verdict_says_whose_it_is_and_goes_when_the_next_image_is_refused(browser: Browser) -> None:
+    browser.hand_over("drop", [CAT])
+    verdict_of(browser)
+    assert browser.text("#result .verdict").split("\n")[1:3] == ["cat.png", "Accepted"]
+    browser.hand_over("drop", [JUNK])
+    browser.until(lambda: "junk.png: This file cannot be used" in browser.text("#problem"))
+    assert not browser.find("#result").is_displayed()
+    browser.open()
+    assert not browser.find("#result").is_displayed()
+
+
+def test_images_that_are_too_much_at_once_are_judged_one_by_one(browser: Browser) -> None:
+    name, kind, body = CAT
+    padded = b64encode(b64decode(body) + bytes(600_000)).decode()  # two of these are more than the server takes
+    browser.hand_over("drop", [(name, kind, padded), ("other.png", kind, padded)])
+    verdict_of(browser)
+    assert browser.text("#several caption").startswith("2 images, 0 deferred")
+
+
+def test_the_heat_map_says_what_yellow_means_and_blames_no_part_of_an_accepted_image(browser: Browser) -> None:
+    browser.hand_over("drop", [CAT])
+    verdict_of(browser)
+    assert browser.text("#result label") == "Show which part its score depends on most"
+    browser.open()
+    browser.hand_over("drop", [PATCHED])
+    browser.until(lambda: "patched.png, as the network sees it" in browser.text("#result"))
+    assert browser.text("#result label") == "Show which part makes it most unusual"
+    assert browser.text("#result .key").startswith("Yellow: hiding this part lowers the score most")
+
+
+def test_the_prototypes_and_the_synthetic_one_stand_by_distance(browser: Browser) -> None:
+    browser.hand_over("drop", [STATIC])
+    verdict_of(browser)
+    rows = [row.text.rsplit(" ", 1) for row in browser.all("#result [aria-label*=prototypes] tbody tr")]
+    assert len(rows) == 4
+    assert "(synthetic OOD)" in [name for name, _ in rows]
+    distances = [float(distance) for _, distance in rows]
+    assert distances == sorted(distances)
+
+
+def test_an_image_beyond_the_histogram_is_said_to_be_so(browser: Browser) -> None:
+    browser.hand_over("drop", [STATIC])
+    verdict_of(browser)
+    browser.until(lambda: "This image lies beyond the last edge" in browser.text("#result"))
+    browser.hand_over("drop", [CAT])
+    browser.until(lambda: "The end bars hold what lies beyond, too" in browser.text("#result"))
+
+
+def test_only_what_is_certain_is_a_hundred_percent(browser: Browser) -> None:
+    script = "const done = arguments[0]; import('/console/dom.js').then(({ confidence }) => done(%s.map(confidence)))"
+    shown = browser.driver.execute_async_script(script % "[0.5, 0.99949, 0.99999, 1]")
+    assert [text.replace("\xa0", " ") for text in shown] == ["50.0 %", "99.9 %", "99.9 %", "100.0 %"]
 
 
 def test_a_reload_loses_nothing_and_what_is_forgotten_is_gone(browser: Browser) -> None:
@@ -247,18 +302,58 @@ def test_a_file_of_another_kind_is_left_out_in_plain_words(browser: Browser) -> 
     assert "1 of 2 files left out: only JPEG, PNG and WebP" in browser.text("#problem")
 
 
-def test_without_a_network_the_page_says_what_to_do(browser: Browser) -> None:
-    offline = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+@contextmanager
+def offline(browser: Browser) -> Iterator[None]:
+    unlimited = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
     browser.command("Network.enable")
-    browser.command("Network.emulateNetworkConditions", offline=True, **offline)
+    browser.command("Network.emulateNetworkConditions", offline=True, **unlimited)
     try:
+        yield
+    finally:
+        browser.command("Network.emulateNetworkConditions", offline=False, **unlimited)
+
+
+def test_without_a_network_the_page_says_what_to_do(browser: Browser) -> None:
+    with offline(browser):
         browser.hand_over("drop", [CAT])
         browser.until(lambda: "cannot be reached. Check your network" in browser.text("#problem"))
         assert browser.violations() == []
-    finally:
-        browser.command("Network.emulateNetworkConditions", offline=False, **offline)
     assert verdict_of(browser) == "Accepted"  # the image was not lost
     assert not browser.find("#problem").is_displayed()
+
+
+def test_an_image_that_waits_is_judged_when_the_network_is_back_whatever_tab_is_looked_at(browser: Browser) -> None:
+    browser.hand_over("drop", [STATIC])
+    verdict_of(browser)
+    with offline(browser):
+        browser.hand_over("drop", [CAT])
+        browser.until(lambda: "cannot be reached. Check your network" in browser.text("#problem"))
+        assert browser.text("#result").startswith("cat.png\nNot judged yet: it waits for another try.")
+        browser.find("#tab-monitor").click()
+        browser.until(lambda: "cannot be reached. Check your network" in browser.text("#problem"))
+        browser.find("#tab-try").click()
+        browser.until(lambda: browser.text("#problem button") == "Try again")
+        browser.find("#tab-monitor").click()
+        browser.until(browser.find("#monitor").is_displayed)
+    browser.until(lambda: browser.run("return document.querySelector('#result .word')?.textContent") == "Accepted")
+    assert browser.find("#monitor").is_displayed()
+
+
+def test_images_that_wait_for_a_token_outlive_a_reload_and_get_it_on_another_tab(window: Browser) -> None:
+    with running(EMBEDDED.parents[1], tokens=json.dumps({"someone": digest(TOKEN)})) as server:
+        browser = Browser(server.url, window.driver)
+        browser.open()
+        browser.hand_over("drop", [CAT, STATIC])
+        browser.until(lambda: "Type your token" in browser.text("#problem"))
+        browser.open()
+        browser.until(lambda: browser.text("#problem button") == "Try again")
+        assert browser.text("#several caption").startswith("2 images, 0 deferred, 2 waiting")
+        browser.find("#tab-model").click()
+        browser.until(browser.find("#token").is_displayed)
+        browser.find("#token").send_keys(TOKEN, Keys.ENTER)
+        browser.until(lambda: browser.find("#model .card"))
+        browser.find("#tab-try").click()
+        browser.until(lambda: browser.text("#several caption").startswith("2 images, 1 deferred ·"))
 
 
 def test_a_busy_server_says_when_to_try_again_and_the_image_is_not_lost(window: Browser) -> None:
@@ -317,6 +412,21 @@ def test_the_tabs_follow_the_arrow_keys(browser: Browser) -> None:
     assert browser.driver.switch_to.active_element.get_attribute("id") == "tab-monitor"
     browser.driver.switch_to.active_element.send_keys(Keys.END)
     browser.until(browser.find("#model").is_displayed)
+
+
+@pytest.mark.parametrize("width", [320, 768, 1200])
+def test_no_table_of_the_monitor_is_cut_off(browser: Browser, server: Process, width: int) -> None:
+    traffic(server)
+    browser.appearance("light", width)
+    browser.open("monitor")
+    classes = "#monitor [aria-label='Decisions by predicted class']"
+    browser.until(lambda: "100 %" in browser.text(classes).replace("\xa0", " "))
+    cut = browser.run(
+        "return [...document.querySelectorAll('#monitor .scroll')].filter((one) => one.scrollWidth > one.clientWidth)"
+        ".map((one) => `${one.ariaLabel}: ${one.scrollWidth} > ${one.clientWidth}`)"
+    )
+    assert cut == []
+    assert browser.run("return document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.parametrize("width", [360, 768, 1920])
@@ -412,13 +522,25 @@ def test_with_a_token_set_the_page_asks_for_it_and_then_works(window: Browser) -
         assert field.is_displayed()
         assert browser.violations() == []
         field.send_keys("another", Keys.ENTER)
-        browser.until(lambda: "Type your token" in browser.text("#problem"))
+        browser.until(lambda: "refuses the token that is set" in browser.text("#problem"))
+        assert browser.text("#access summary") == "Token"
         field.send_keys(TOKEN, Keys.ENTER)
         assert verdict_of(browser) == "Accepted"  # the image was not lost
         assert not browser.find("#problem").is_displayed()
         assert TOKEN not in browser.text("#result")  # the curl shows where it goes, not what it is
         browser.open()
-        assert browser.text("#access summary") == "Token ✓"
+        browser.until(lambda: browser.text("#access summary") == "Token ✓")
+
+
+def test_a_token_that_no_one_asked_for_can_be_forgotten_again(browser: Browser) -> None:
+    browser.find("#access summary").click()
+    browser.find("#token").send_keys("anything", Keys.ENTER)
+    browser.until(lambda: "press “Forget it”" in browser.text("#problem"))
+    assert browser.text("#access summary") == "Token"
+    browser.find("#token-forget").click()
+    browser.until(lambda: not browser.find("#problem").is_displayed())
+    browser.hand_over("drop", [CAT])
+    assert verdict_of(browser) == "Accepted"
 
 
 def test_the_admin_applies_another_target_and_the_verdict_changes(window: Browser, tmp_path: Path) -> None:
@@ -441,6 +563,29 @@ def test_the_admin_applies_another_target_and_the_verdict_changes(window: Browse
         assert after["ood"]["target_id_acceptance"] == 0.8
         assert after["ood"]["threshold"] < before["ood"]["threshold"]
         assert (before["decision"], after["decision"]) == ("accept", "defer")
+
+
+def test_a_verdict_from_before_another_target_says_so_and_can_be_had_anew(window: Browser, tmp_path: Path) -> None:
+    settings = {"admin_token_sha256": digest(ADMIN), "state_dir": str(tmp_path)}
+    with running(EMBEDDED.parents[1], **settings) as server:
+        browser = Browser(server.url, window.driver)
+        browser.open()
+        browser.find("#access summary").click()
+        browser.find("#token").send_keys(ADMIN, Keys.ENTER)
+        browser.until(lambda: browser.text("#access summary") == "Token ✓")
+        browser.hand_over("drop", [CAT])
+        verdict_of(browser)
+        browser.until(lambda: "The end bars hold what lies beyond" in browser.text("#result"))
+        assert "earlier threshold" not in browser.text("#result")
+        browser.find("#tab-model").click()
+        browser.until(lambda: browser.find("#model input[type=range]")).send_keys(Keys.HOME)
+        browser.find("#model button.main").click()
+        browser.until(lambda: "at least 0.8" in browser.text("#model").lower())
+        browser.find("#tab-try").click()
+        browser.until(lambda: "judged under an earlier threshold" in browser.text("#result .verdict"))
+        browser.find("#result .verdict button").send_keys(Keys.ENTER)
+        browser.until(lambda: "earlier threshold" not in browser.text("#result .verdict"))
+        assert verdict_of(browser)
 
 
 def judged(server: Process) -> Any:
