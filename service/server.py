@@ -29,7 +29,8 @@ class BoundedProtocol(HttpToolsProtocol):
     """HTTP/1.1 whose request heads, and bodies that nobody reads any more, are bounded in bytes and in time.
 
     The parser under it keeps a head, and trailers behind a body, of any length, for as long as a client takes to send
-    them, and takes the rest of a body for ever once its answer was sent. Requests that the door turns away are answered here and go no further.
+    them, and takes the rest of a body for ever once its answer was sent. Requests that the door turns away are answered
+    here and go no further.
     """
 
     _head_bytes = 0

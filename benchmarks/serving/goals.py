@@ -56,16 +56,21 @@ class Measured:
         self,
         workload: str,
         asked: tuple[str, str],
-        figure: Callable[[Run], float],
+        figure: Callable[[Run], float | None],
         best: Callable[[Iterable[float]], float] = max,
         peers: Sequence[str] = PEERS,
     ) -> tuple[float, ...]:
-        """In each repeat, oodgate's figure over the best peer's; asked: the precision of oodgate and of the peers."""
-        ours = {run["repeat"]: figure(run) for run in self.of(workload, "oodgate", asked[0])}
+        """In each repeat, oodgate's figure over the best peer's; asked: the precision of oodgate and of the peers.
+
+        A figure is None where a run did not measure it.
+        """
+        found = [(run, figure(run)) for run in self.of(workload, "oodgate", asked[0])]
+        ours = {run["repeat"]: value for run, value in found if value is not None}
         theirs: dict[int, list[float]] = {}
         for peer in peers:
             for run in self.of(workload, peer, asked[1]):
-                theirs.setdefault(run["repeat"], []).append(figure(run))
+                if (value := figure(run)) is not None:
+                    theirs.setdefault(run["repeat"], []).append(value)
         return tuple(ours[repeat] / best(theirs[repeat]) for repeat in sorted(ours.keys() & theirs.keys()))
 
 
@@ -78,8 +83,8 @@ def closed(concurrency: int, figure: str) -> Callable[[Run], float]:
     return lambda run: float(run["closed"][str(concurrency)][figure])
 
 
-def _tail(run: Run) -> float:
-    return float(run["open"]["90%"]["p99_ms"])
+def _tail(run: Run) -> float | None:
+    return float(run["open"]["90%"]["p99_ms"]) if "90%" in run["open"] else None
 
 
 def goals(measured: Measured) -> list[Goal]:

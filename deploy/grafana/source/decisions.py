@@ -46,9 +46,9 @@ def _ratio(found: Dashboard) -> Dashboard:
     control = limits(
         lines(
             "Deferral as OOD (5 min) and control limits",
-            "Deferrals as OOD alone. The limits are exact for windows of so many images: they know chance and the error of the calibration. The"
-            " tests judge whole windows, the line slides: it may leave the limits though no window does."
-            " One outside is worth a look; see OodgateDriftDetected.",
+            "Deferrals as OOD alone. The limits are exact for windows of so many images: they know chance and the error"
+            " of the calibration. The tests judge whole windows, the line slides: it may leave the limits though no"
+            " window does. One outside is worth a look; see OodgateDriftDetected.",
             {
                 NAME: share('decision="defer",reason="ood"', "oodgate_decisions_total"),
                 f"{{{{bound}}}} of {{{{window}}}} {NAME}": "max by (model, version, window, bound)"
@@ -106,8 +106,8 @@ def _parts(found: Dashboard) -> Dashboard:
         .with_panel(
             lines(
                 "Shadow disagreement",
-                "Share of images with shadows that a shadow score, at the same cut-off, would judge otherwise. A rise in all shadows"
-                " together says more than in one.",
+                "Share of images with shadows that a shadow score, at the same cut-off, would judge otherwise. A rise"
+                " in all shadows together says more than in one.",
                 {
                     "{{score}}": f"sum by (score) (rate(oodgate_shadow_disagreements_total{{{OF_MODEL}}}[5m]))"
                     f" / sum by (score) (rate(oodgate_shadow_scores_total{{{OF_MODEL}}}[5m]))"
