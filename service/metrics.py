@@ -282,7 +282,7 @@ class Metrics:
             series.p_value.observe(ood.p_value)
             borderline += ood.borderline
             deferred = ood.p_value <= ood.p_cutoff
-            computed.update(ood.shadow)
+            computed.update(ood.shadow.keys())  # of a mapping it would add up the values
             differing.update(
                 name for name, shadow in ood.shadow.items() if (shadow.p_value <= ood.p_cutoff) != deferred
             )
