@@ -99,9 +99,9 @@ const named = ({ at, name }, shown) => (at > shown ? `${name} →` : at < shown 
 
 /** Ticks from edge to edge; the first and the last say that their bars hold more. */
 function ends(edges) {
-  const ticks = [0, 1, 2, 3, 4].map((quarter) => edges[0] + quarter * (edges.at(-1) - edges[0]) / 4);
-  const text = (tick, index) => (index === 0 || index === ticks.length - 1 ? `${number(tick)}\nand beyond` : number(tick));
-  return { splits: () => ticks, values: (_, found) => found.map(text) };
+  const ticks = (parts) => Array.from({ length: parts + 1 }, (_, index) => edges[0] + index * (edges.at(-1) - edges[0]) / parts);
+  const text = (tick, index, all) => (index === 0 || index === all.length - 1 ? `${number(tick)}\nand beyond` : number(tick));
+  return { splits: (plot) => ticks(plot.width < 320 ? 2 : 4), values: (_, found) => found.map(text) };
 }
 
 const shares = (label) => ({ ...upwards(label, 50), values: (_, ticks) => ticks.map((tick) => `${+(100 * tick).toFixed(1)} %`) });

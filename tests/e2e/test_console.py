@@ -334,9 +334,9 @@ def test_an_image_that_waits_is_judged_when_the_network_is_back_whatever_tab_is_
         browser.find("#tab-try").click()
         browser.until(lambda: browser.text("#problem button") == "Try again")
         browser.find("#tab-monitor").click()
-        browser.until(browser.find("#monitor").is_displayed)
+        browser.until(lambda: browser.find("#tab-monitor").get_attribute("aria-selected") == "true")
     browser.until(lambda: browser.run("return document.querySelector('#result .word')?.textContent") == "Accepted")
-    assert browser.find("#monitor").is_displayed()
+    assert not browser.find("#try").is_displayed()
 
 
 def test_images_that_wait_for_a_token_outlive_a_reload_and_get_it_on_another_tab(window: Browser) -> None:
