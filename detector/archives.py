@@ -6,17 +6,17 @@ from __future__ import annotations
 import json
 import tarfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from threading import Lock
 from typing import Any, ClassVar
 
 import numpy as np
 
-from detector.data import IMAGE_SUFFIXES, EncodedDataset
+from detector.encoded import EncodedDataset, Label
 from detector.errors import DataError
 from detector.files import Files
-from detector.images import Limits, Preprocessing
+from detector.images import IMAGE_SUFFIXES
 
 ROW_GROUPS = 3  # of a Parquet file, held by one reader
 CHUNK = 2**20  # bytes of a tar read at once
@@ -32,20 +32,16 @@ class ParquetDataset(EncodedDataset):
         DataError: pyarrow is not installed, a file is damaged, or a column is missing.
     """
 
-    suffix: ClassVar[str] = ".parquet"
+    suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
 
-    def __init__(
-        self,
-        files: Files,
-        preprocessing: Preprocessing,
-        classes: Sequence[str] | None,
-        limits: Limits,
-        *,
-        labelled: bool = True,
-    ) -> None:
-        self.files, self.paths = files, files.ending([self.suffix])
+    def name(self, index: int) -> str:
+        group, row = self._place(index)
+        path, number = self._groups[group]
+        return f"{path}, row {row} of row group {number}"
+
+    def _find(self) -> list[Label]:
         self._groups: list[tuple[str, int]] = []
-        labels: list[str | int | None] = []
+        labels: list[Label] = []
         ends: list[int] = []
         for path in self.paths:
             for group, found in enumerate(self._labels(path)):
@@ -54,15 +50,7 @@ class ParquetDataset(EncodedDataset):
                 ends.append(len(labels))
         self._ends = np.array(ends, dtype=np.int64)
         self._forget()
-        super().__init__(files.where, labels, preprocessing, classes, limits, labelled=labelled)
-
-    def name(self, index: int) -> str:
-        group, row = self._place(index)
-        path, number = self._groups[group]
-        return f"{path}, row {row} of row group {number}"
-
-    def _stamp(self) -> bytes:
-        return self.files.stamp(self.paths)
+        return labels
 
     def _bytes(self, index: int) -> bytes:
         group, row = self._place(index)
@@ -82,7 +70,7 @@ class ParquetDataset(EncodedDataset):
         group = int(np.searchsorted(self._ends, index, side="right"))
         return group, index - (int(self._ends[group - 1]) if group else 0)
 
-    def _labels(self, path: str) -> Iterator[list[str | int | None]]:
+    def _labels(self, path: str) -> Iterator[list[Label]]:
         """The labels of each row group."""
         with self.files.open(path) as file:
             table = _parquet(path, file)
@@ -121,34 +109,22 @@ class TarDataset(EncodedDataset):
         DataError: a tar is damaged, a label cannot be read, or two images have one key.
     """
 
-    suffix: ClassVar[str] = ".tar"
-
-    def __init__(
-        self,
-        files: Files,
-        preprocessing: Preprocessing,
-        classes: Sequence[str] | None,
-        limits: Limits,
-        *,
-        labelled: bool = True,
-    ) -> None:
-        self.files, self.paths = files, files.ending([self.suffix])
-        self._members: list[tuple[str, str, int, int]] = []  # tar, name, offset and length
-        labels: list[str | int | None] = []
-        for path in self.paths:
-            members, found = _members(files, path)
-            self._members += members
-            labels += found
-        if not self._members:
-            raise DataError(f"{files.where}: the tars hold no image ({', '.join(IMAGE_SUFFIXES)})")
-        super().__init__(files.where, labels, preprocessing, classes, limits, labelled=labelled)
+    suffixes: ClassVar[tuple[str, ...]] = (".tar",)
 
     def name(self, index: int) -> str:
         path, name, _, _ = self._members[index]
         return f"{path}/{name}"
 
-    def _stamp(self) -> bytes:
-        return self.files.stamp(self.paths)
+    def _find(self) -> list[Label]:
+        self._members: list[tuple[str, str, int, int]] = []  # tar, name, offset and length
+        labels: list[Label] = []
+        for path in self.paths:
+            members, found = _members(self.files, path)
+            self._members += members
+            labels += found
+        if not self._members:
+            raise DataError(f"{self.files.where}: the tars hold no image ({', '.join(IMAGE_SUFFIXES)})")
+        return labels
 
     def _bytes(self, index: int) -> bytes:
         path, _, offset, length = self._members[index]
@@ -166,10 +142,10 @@ def _parquet(path: str, file: Any) -> Any:
         raise DataError(f"{path} is no Parquet file, or damaged: {error}") from error
 
 
-def _members(files: Files, path: str) -> tuple[list[tuple[str, str, int, int]], list[str | int | None]]:
+def _members(files: Files, path: str) -> tuple[list[tuple[str, str, int, int]], list[Label]]:
     """Where the images of a tar lie, and their labels."""
     images: dict[str, tuple[str, str, int, int]] = {}
-    labels: dict[str, str | int | None] = {}
+    labels: dict[str, Label] = {}
     try:
         # As a stream: over a network, one long read is quicker than a seek to every header.
         with files.open(path) as file, tarfile.open(fileobj=file, mode="r|", bufsize=CHUNK) as tar:
@@ -192,7 +168,7 @@ def _members(files: Files, path: str) -> tuple[list[tuple[str, str, int, int]], 
     return list(images.values()), [labels.get(key) for key in images]
 
 
-def _label(name: str, content: bytes, suffix: str) -> str | int | None:
+def _label(name: str, content: bytes, suffix: str) -> Label:
     """A class by its number or name. DataError where it is neither."""
     try:
         label = json.loads(content)["label"] if suffix == ".json" else content.decode().strip()

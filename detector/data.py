@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets as people have them: class folders, flat folders, .npz files, or arrays in memory.
+"""Data sets as people have them, and the batches that are read from them.
 
-`detector.archives` has Parquet files and WebDataset tars. Folders and archives may lie behind a URI.
+Folders of images are in `detector.encoded`, Parquet files and WebDataset tars in `detector.archives`; all of them
+may lie behind a URI. Here are arrays in memory, and what opens each of them.
 """
 
 from __future__ import annotations
 
-import hashlib
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from detector.errors import DataError, ImageError
+from detector.archives import ParquetDataset, TarDataset
+from detector.encoded import UNLABELLED as UNLABELLED, FileDataset, digest
+from detector.errors import DataError
 from detector.files import Files, is_uri
-from detector.images import Limits, Pixels, Preprocessing, decode, resize
+from detector.images import IMAGE_SUFFIXES, Limits, Pixels, Preprocessing, resize
 
 Labels = NDArray[np.int64]
-UNLABELLED = -1
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 AHEAD = 3  # batches decoded while the network works on one
 
 
@@ -93,83 +92,7 @@ class ArrayDataset:
         return f"{self.source}[{index}]"
 
     def fingerprint(self) -> str:
-        return _digest(self.labels.tobytes(), np.ascontiguousarray(self.images).data)
-
-
-class EncodedDataset(ABC):
-    """Images as encoded files, wherever their bytes are; labels by number, or by names that the class list orders."""
-
-    def __init__(
-        self,
-        source: str,
-        labels: Sequence[str | int | None],
-        preprocessing: Preprocessing,
-        classes: Sequence[str] | None,
-        limits: Limits,
-        *,
-        labelled: bool = True,
-    ) -> None:
-        self.preprocessing, self.limits = preprocessing, limits
-        named = sorted({label for label in labels if isinstance(label, str)})
-        self.classes: Sequence[str] = list(classes) if classes is not None else named
-        number: dict[str | int | None, int] = {name: index for index, name in enumerate(self.classes)}
-        unknown = [name for name in named if name not in number]
-        if unknown and not labelled:
-            labels, unknown = [None] * len(labels), []  # cameras or days, not classes
-        if unknown:
-            raise DataError(
-                f"{source}: the class list has no {', '.join(unknown[:5])}; it has {', '.join(self.classes[:20])}"
-            )
-        numbers = [label if isinstance(label, int) else number.get(label, UNLABELLED) for label in labels]
-        self.labels = np.array(numbers, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, index: int) -> Pixels:
-        try:
-            return decode(self._bytes(index), self.preprocessing, self.limits)
-        except ImageError as error:
-            raise DataError(f"{self.name(index)}: {error}. Remove the image from the data set.") from error
-
-    def fingerprint(self) -> str:
-        return _digest(self.labels.tobytes(), self._stamp())
-
-    @abstractmethod
-    def name(self, index: int) -> str: ...
-
-    @abstractmethod
-    def _bytes(self, index: int) -> bytes: ...
-
-    @abstractmethod
-    def _stamp(self) -> bytes:
-        """What changes when one of the files does."""
-
-
-class FileDataset(EncodedDataset):
-    """Image files; the folder directly under the root is the class, where there are such folders."""
-
-    def __init__(
-        self,
-        files: Files,
-        preprocessing: Preprocessing,
-        classes: Sequence[str] | None,
-        limits: Limits,
-        *,
-        labelled: bool = True,
-    ) -> None:
-        self.files, self.paths = files, files.ending(IMAGE_SUFFIXES)
-        folders = [files.folder(path) for path in self.paths]
-        super().__init__(files.where, folders, preprocessing, classes, limits, labelled=labelled)
-
-    def name(self, index: int) -> str:
-        return self.paths[index]
-
-    def _bytes(self, index: int) -> bytes:
-        return self.files.read(self.paths[index])
-
-    def _stamp(self) -> bytes:
-        return self.files.stamp(self.paths)
+        return digest(self.labels.tobytes(), np.ascontiguousarray(self.images).data)
 
 
 class Subset:
@@ -189,7 +112,7 @@ class Subset:
         return self.dataset.name(int(self.indices[index]))
 
     def fingerprint(self) -> str:
-        return _digest(self.dataset.fingerprint().encode(), self.indices.tobytes())
+        return digest(self.dataset.fingerprint().encode(), self.indices.tobytes())
 
 
 def open_dataset(
@@ -218,12 +141,8 @@ def open_dataset(
     if str(path).endswith(".npz") and not is_uri(path) and Path(path).is_file():
         return _open_npz(Path(path), preprocessing, classes)
     files, limits = Files(path), limits or Limits()
-    if files.ending(IMAGE_SUFFIXES):
-        return FileDataset(files, preprocessing, classes, limits, labelled=labelled)
-    from detector.archives import ParquetDataset, TarDataset  # which are made of what this file holds
-
-    for kind in (ParquetDataset, TarDataset):
-        if files.ending([kind.suffix]):
+    for kind in (FileDataset, ParquetDataset, TarDataset):
+        if files.ending(kind.suffixes):
             return kind(files, preprocessing, classes, limits, labelled=labelled)
     raise DataError(
         f"{path} is neither an .npz nor a place that holds images ({', '.join(IMAGE_SUFFIXES)}), .parquet or .tar files"
@@ -264,10 +183,3 @@ def batches(dataset: Dataset, batch_size: int, *, start: int = 0, workers: int |
 
 def _gather(dataset: Dataset, indices: NDArray[np.int64], images: list[Future[Pixels]]) -> Batch:
     return Batch(np.stack([image.result() for image in images]), dataset.labels[indices], indices)
-
-
-def _digest(*parts: bytes | memoryview) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()

@@ -22,6 +22,7 @@ from detector.errors import TooManyBytes, TooManyPixels, UndecodableImage, Unsup
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]; batches [N, H, W, 3]
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 DEFAULT_MAX_BYTES = 20 * 2**20
 DEFAULT_MAX_PIXELS = 25_000_000  # a 24-megapixel camera fits; decoded it takes 75 MB
 

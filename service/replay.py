@@ -13,8 +13,8 @@ from typing import Literal
 
 import httpx
 
-from detector.data import IMAGE_SUFFIXES
 from detector.errors import DataError
+from detector.images import IMAGE_SUFFIXES
 
 MEDIA_TYPES = dict(zip(IMAGE_SUFFIXES, ("image/jpeg", "image/jpeg", "image/png", "image/webp"), strict=True))
 MOST_UNDER_WAY = 256
