@@ -106,7 +106,9 @@ def _compiled(detector: Detector, size: int, threads: int) -> Path:
             options = {"freezing": True, "cpp.threads": threads, "compile_threads": 1}
             library = Path(str(torch._inductor.aot_compile(program.module(), (images,), options=options)))
     except Exception as error:  # export and compiler raise many kinds, all meaning the same here
-        raise BackboneError(f"torch cannot compile the network: {str(error).splitlines()[0]}") from error
+        lines = str(error).splitlines()
+        why = next((line for line in lines if "error: " in line), lines[0])  # of the C++ compiler, where it spoke
+        raise BackboneError(f"torch cannot compile the network: {why}") from error
     if "proxy_executor_call_function" in library.with_suffix(".cpp").read_text():
         raise BackboneError("the network needs operators that cannot be compiled")
     return library

@@ -62,7 +62,8 @@ class Settling:
         *,
         niceness: int = 19,
     ) -> None:
-        self._detector, self._model, self._directory, self._hand_over = detector, model, directory, hand_over
+        self._detector, self._model, self._hand_over = detector, model, hand_over
+        self._directory = None if directory is None else directory.absolute()  # the compiler runs elsewhere
         self._niceness = niceness
         backbone = detector.backbone
         wanted = directory is not None and backbone.device.type == "cpu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +29,17 @@ def eager(toy_models: Path) -> Detector:
 
 @pytest.fixture(scope="module")
 def settled(eager: Detector, toy_models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Detector]]:
-    """Where the compiled forward is kept, and the detectors that were handed over."""
-    directory = tmp_path_factory.mktemp("state") / "compile"
+    """Where the compiled forward is kept, and the detectors that were handed over; made by a relative path."""
+    base = tmp_path_factory.mktemp("base")
     handed: list[Detector] = []
-    settling = Settling(eager, toy_models / "toy" / "1", directory, handed.append, niceness=0)
-    settling.start()
-    assert settling.state == ForwardState("cpu", "fp32", "eager", settled=False)
-    assert settling.wait(PATIENCE_S)
-    settling.close()
+    with chdir(base):
+        settling = Settling(eager, toy_models / "toy" / "1", Path("state/compile"), handed.append, niceness=0)
+        settling.start()
+        assert settling.state == ForwardState("cpu", "fp32", "eager", settled=False)
+        assert settling.wait(PATIENCE_S)
+        settling.close()
     assert settling.state == ForwardState("cpu", "fp32", "compiled", settled=True)
-    return directory, handed
+    return base / "state" / "compile", handed
 
 
 def settle(detector: Detector, model: Path, directory: Path) -> tuple[ForwardState, list[Detector]]:
