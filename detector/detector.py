@@ -6,7 +6,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 Images = Pixels | Tensor | Sequence[bytes]
 BATCH = 64
+LIGHT_CELLS = 2**22  # of the largest tensor of a score, up to which one thread is as fast as several
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Detector:
         self.manifest, self.backbone, self.fitted, self.calibration = manifest, backbone, fitted, calibration
         self.splits = splits
         self.decider = self.with_policy(manifest.policy)
+        cells = [tensor.numel() for score in fitted.values() for tensor in score.state().values()]
+        self._light = backbone.device.type == "cpu" and max(cells, default=0) <= LIGHT_CELLS
 
     @classmethod
     def load(
@@ -196,12 +200,17 @@ class Detector:
     def start_judging(self, outputs: Outputs, decider: Decider, *, shadows: bool = True) -> Scored:
         """Start the deciding score, and the shadows unless they are sampled out; does not wait for the device."""
         names = (decider.policy.score_name, *(decider.shadows if shadows else ()))
-        return Scored(outputs.logits, score_all(self.fitted, names, outputs))
+        with self._threads():
+            return Scored(outputs.logits, score_all(self.fitted, names, outputs))
 
     def finish_judging(self, scored: Scored, decider: Decider) -> list[Verdict]:
         """Fetch what `start_judging` started, and decide: verdicts, one an image."""
-        scores = {name: values.cpu().numpy() for name, values in scored.scores.items()}
-        return decider.decide(scored.logits.cpu(), scores)
+        with self._threads():
+            scores = {name: values.cpu().numpy() for name, values in scored.scores.items()}
+            return decider.decide(scored.logits.cpu(), scores)
+
+    def _threads(self) -> AbstractContextManager[None]:
+        return _one_thread() if self._light else nullcontext()
 
     def pixels(self, images: Images) -> Tensor:
         """Images as one tensor uint8 [N, H, W, 3] on the CPU."""
@@ -233,6 +242,17 @@ class Detector:
         if not bool(same.all()):
             wrong = (~same).nonzero().flatten().tolist()
             raise GoldenMismatch(f"golden inputs {wrong} get another label or decision than the artifact stores")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch from sharing out the operations of this thread: most are over before another thread is awake."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_target(policy: Policy, manifest: Manifest) -> None:

@@ -20,6 +20,8 @@ PER_CLASS = 10  # k is at most the tenth part of a class's rows
 CHUNK_CELLS = 2**22  # queries x bank rows held at a time
 GROUP = 8  # keys of which first only the smallest is looked at
 FEW = 4  # queries for which the plain product is the faster
+FEW_CELLS = 2**12  # keys that are faster looked at one by one than in groups
+MOST_DIFFERENCES = 2**20  # cells, beyond which `cdist` is faster than all differences at once
 
 
 @register
@@ -110,6 +112,9 @@ def smallest(keys: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
 
 def close(keys: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     """Where keys [B, N] exceed the smallest of their column by at most the margin: rows and columns, int64 [P] each."""
+    if keys.numel() <= FEW_CELLS:
+        rows, columns = (keys <= keys.amin(dim=0) + margin).nonzero(as_tuple=True)
+        return rows, columns
     grouped, first = _groups(keys)
     minima = grouped.amin(dim=0)
     limit = minima.amin(dim=0) + margin
@@ -128,4 +133,7 @@ def _groups(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 def exact_distances(rows: Tensor, anchors: Tensor) -> Tensor:
     """Euclidean distances [N, A]; the matrix-product shortcut loses the digits that near-zero gradients live on."""
+    if len(rows) * anchors.numel() <= MOST_DIFFERENCES:
+        differences: Tensor = torch.linalg.vector_norm(rows[:, None] - anchors, dim=2)
+        return differences
     return torch.cdist(rows, anchors, compute_mode="donot_use_mm_for_euclid_dist")
