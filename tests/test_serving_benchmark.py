@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import uvloop
 
-from benchmarks.serving import environments, load, plots, servers, table, usage
+from benchmarks.serving import environments, load, plots, results, servers, table, usage
 from benchmarks.serving.client import Client, burst, count, finished, open_loop, percentiles
 from benchmarks.serving.goals import Goal, Measured, goals
 from benchmarks.serving.prediction_only import PredictionOnly
-from benchmarks.serving.results import PEER_PACKAGES, efficiency
+from benchmarks.serving.results import COMMON, PEER_PACKAGES, efficiency
 from benchmarks.serving.servers import PEERS, SERVERS
 from benchmarks.serving.workloads import WORKLOADS
 from detector import Detector
@@ -73,14 +73,29 @@ def test_a_ratio_to_the_best_peer_pairs_repeats_and_takes_the_best_of_each() -> 
         closed = {"32": {"images_per_s": rate, "images_per_cpu_s": rate, "p99_ms": 1.0, "p50_ms": 1.0}}
         found = run() | {"server": server, "repeat": repeat, "closed": {"1": closed["32"], **closed}}
         found |= {"counted": {"images_per_s": rate, "images_per_cpu_s": rate, "failed": 0}}
-        return found | {"open": {"90%": {"p99_ms": rate}}, "limit": {"images_per_cpu_s": 10.0}}
+        return found | {
+            "open": {"90%": {"p99_ms": rate}, COMMON: {"p99_ms": rate / 2}},
+            "limit": {"images_per_cpu_s": 10.0},
+        }
 
     rates = {("oodgate", 0): 6, ("oodgate", 1): 8, ("mosec", 0): 3, ("mosec", 1): 1, ("ray", 0): 1, ("ray", 1): 4}
     measured = Measured({"A": [ran(server, repeat, rate) for (server, repeat), rate in rates.items()]}, [])
     rows = {row.what: list(row.values) for row in goals(measured)}
     assert rows["A: efficiency ÷ best peer, fp32 eager"] == pytest.approx([2, 2])
-    assert rows["A: p99 at 90 % open-loop load ÷ best peer's, fp32"] == pytest.approx([6, 8])
+    assert rows["A: p99 at 90 % of its own throughput each ÷ best peer's, fp32 eager"] == pytest.approx([6, 8])
+    assert rows["A: p99 at 90 % of the best peer's throughput ÷ best peer's, fp32 eager"] == pytest.approx([6, 8])
     assert rows["A: efficiency against the limit, fp32 eager"] == pytest.approx([0.6, 0.8])
+
+
+def test_the_common_rate_is_90_percent_of_the_best_peer_s_median(tmp_path: Path) -> None:
+    def ran(server: str, repeat: int, rate: float) -> dict[str, Any]:
+        return run() | {"server": server, "repeat": repeat, "closed": {"32": {"images_per_s": rate}}}
+
+    assert results.common_rate(tmp_path, WORKLOADS["A"]) is None
+    rates = [("mosec", 80.0), ("mosec", 100.0), ("mosec", 90.0), ("ray", 95.0), ("ray", 10.0), ("oodgate", 500.0)]
+    runs = [ran(server, repeat, rate) for repeat, (server, rate) in enumerate(rates)]
+    results.write_runs(tmp_path, WORKLOADS["A"], 1.0, runs, [])
+    assert results.common_rate(tmp_path, WORKLOADS["A"]) == pytest.approx(81)
 
 
 @pytest.mark.parametrize("peer", PEER_PACKAGES)
@@ -146,7 +161,8 @@ def test_open_loop_latency_counts_from_the_intended_instant(tmp_path: Path) -> N
 
     found = uvloop.run(measured())
     assert (found["sent"], found["failed"]) == (len(instants), 0)
-    assert found["max_ms"] >= 1e3 * (instants[-1] - instants[0])  # the first waited for the last to come
+    slack = 2.0  # the timers of uvloop are whole milliseconds
+    assert found["max_ms"] >= 1e3 * (instants[-1] - instants[0]) - slack  # the first waited for the last to come
 
 
 def test_a_request_that_failed_took_for_ever() -> None:

@@ -15,11 +15,13 @@ from typing import Any
 import psutil
 
 from benchmarks.serving import environments
-from benchmarks.serving.servers import THREADS
+from benchmarks.serving.servers import SERVERS, THREADS
 from benchmarks.serving.workloads import Workload
 
 RESULTS = Path(__file__).parent / "results"
 OURS = ("torch", "torchvision", "numpy", "pillow", "fastapi", "starlette", "uvicorn", "pydantic")
+COMMON = "common"  # among the open loops: the one at the same rate for every server
+COMMON_SHARE = 0.9
 PEER_PACKAGES = ("litserve", "bentoml", "mosec", "ray")  # FastAPI is among ours
 
 
@@ -40,6 +42,17 @@ def write_runs(
 
     content = {"workload": workload.letter, "title": workload.title, "seconds": seconds}
     write(path, content | {"failures": [*kept("failures"), *failures], "runs": [*kept("runs"), *runs]})
+
+
+def common_rate(folder: Path, workload: Workload) -> float | None:
+    """90 % of what the best peer was last seen to do at concurrency 32, images/s; None before peers were measured."""
+    path = folder / f"{workload.letter}.json"
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    by_peer: dict[str, list[float]] = {}
+    for run in runs:
+        if SERVERS[run["server"]].peer and "32" in run["closed"]:
+            by_peer.setdefault(run["server"], []).append(run["closed"]["32"]["images_per_s"])
+    return max((COMMON_SHARE * median(rates) for rates in by_peer.values()), default=None)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -89,5 +102,5 @@ def line(run: dict[str, Any]) -> str:
             parts.append(f"FAILED {found['failed']:.0f}")
     parts.append(f"efficiency {efficiency(run):.3f}")
     for share, found in run["open"].items():
-        parts.append(f"{share} of capacity: p50 {found['p50_ms']:.1f} p99 {found['p99_ms']:.1f} ms")
+        parts.append(f"at {found['rate']:.0f}/s ({share}): p50 {found['p50_ms']:.1f} p99 {found['p99_ms']:.1f} ms")
     return " | ".join(parts)

@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.serving import load, networks, results
 from benchmarks.serving.limit import Measure, limit
+from benchmarks.serving.results import COMMON
 from benchmarks.serving.servers import PEERS, SERVERS, Running, running, stop_cleanly
 from benchmarks.serving.usage import cpu_seconds, resident_mb
 from benchmarks.serving.workloads import WORKLOADS, Workload
@@ -36,7 +37,8 @@ class Plan:
 
     seconds: float
     levels: Sequence[int]
-    loads: Sequence[float]
+    loads: Sequence[float]  # shares of its own throughput
+    rate: float | None  # images/s of one more open loop, the same for every server
 
 
 def measure(
@@ -55,11 +57,10 @@ def measure(
         counted = load.counted(live, SATURATED, max(LEAST_COUNTED, round(rate * plan.seconds)))
         after = bare(forward["precision"], forward["mode"], plan.seconds / 2)
         capacity = closed[str(SATURATED)]["images_per_s"] if str(SATURATED) in closed else 0.0
-        opened = {
-            f"{share:.0%}": load.open_loop(live, share * capacity, plan.seconds, repeat)
-            for share in plan.loads
-            if capacity
-        }
+        rates = {f"{share:.0%}": share * capacity for share in plan.loads if capacity}
+        if plan.rate:
+            rates[COMMON] = plan.rate
+        opened = {name: load.open_loop(live, rate, plan.seconds, repeat) for name, rate in rates.items()}
         return {
             "server": server,
             "asked": precision,
@@ -105,7 +106,6 @@ def main() -> None:
     workload = WORKLOADS[args.workload]
     networks.ensure(workload)
     stop_cleanly()
-    plan = Plan(args.seconds, args.concurrency, args.open_loop)
     pairs = [
         (server, precision)
         for server in args.server
@@ -117,6 +117,7 @@ def main() -> None:
     expected = labels_of_oodgate(workload)
     with limit(workload) as bare:
         for repeat in range(args.repeats):
+            plan = Plan(args.seconds, args.concurrency, args.open_loop, results.common_rate(args.out, workload))
             for server, precision in pairs if repeat % 2 == 0 else reversed(pairs):
                 try:
                     runs.append(measure(workload, server, precision, plan, repeat, bare, expected))
