@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The audit log: one JSON line a decision and a change, never the image.
 
-A thread of its own writes what has come since it last wrote and hands it to the operating system at once, so that the
-end of the process loses nothing that was written; `fsync` follows at most a second later, so that the end of the
-machine loses a second. Control characters are escaped by JSON: no input can forge a line.
+A thread of its own hands what has come to the operating system, fifty times a second at most, so that a killed process
+loses the lines of its last instant; `fsync` follows at most a second later, so that the end of the machine loses a
+second. Control characters are escaped by JSON: no input can forge a line.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 FILE = "audit.jsonl"
 MOST_WAITING = 100_000  # lines; more are lost, counted and told in the log
 SYNC_S = 1.0
+GATHER_S = 0.02  # to wake for every line would cost each request more than its line does
 
 
 class Audit:
@@ -66,7 +67,8 @@ class Audit:
                 self._lost += 1
                 return
             self._lines.append(line)
-            self._changed.notify()
+            if len(self._lines) == 1:
+                self._changed.notify()
 
     def close(self) -> None:
         """Write and sync what is left."""
@@ -93,6 +95,7 @@ class Audit:
                     if dirty and left <= 0:
                         break
                     self._changed.wait(left if dirty else None)
+                self._changed.wait_for(lambda: self._closing, GATHER_S if self._lines else 0)
                 lines, self._lines = self._lines, deque()
                 lost, self._lost = self._lost, 0
                 closing = self._closing
