@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stream a data set through a backbone: into one set of outputs, or into scores that are being fitted.
 
-A fit leaves its progress on disk after every shard and goes on from there; the result is the same to the bit.
+A fit leaves its progress on disk now and then and goes on from there; the result is the same to the bit.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +31,8 @@ from detector.scores import FitOptions, Gatherer, Score, registry, score_all
 from detector.scores.gather import known_ids
 
 BATCH = 64
-SHARD = 5_000  # images between two records of progress
+SHARD = 8 * BATCH  # images that are summed by themselves, then merged: every engine rounds alike
+RECORD = 5_000  # images between two records of progress
 Report = Callable[[int], None]  # told how many more images are done
 
 
@@ -134,10 +137,16 @@ def gather(
         ids int64 [N] of the images that all gatherers have taken in since the last.
     """
     early, inputs = (any(getattr(each.needs, name) for each in gatherers.values()) for name in ("early", "inputs"))
-    for outputs, labels in stream(backbone, dataset, start=start, early=early, inputs=inputs):
-        for gatherer in gatherers.values():
-            gatherer.add(outputs, labels)
-        yield known_ids(outputs)
+    batches = stream(backbone, dataset, start=start, early=early, inputs=inputs)
+    for first in range(start, len(dataset), SHARD):
+        parts, ids = {name: type(gatherer)(options) for name, gatherer in gatherers.items()}, []
+        for outputs, labels in islice(batches, ceil(min(SHARD, len(dataset) - first) / BATCH)):
+            for part in parts.values():
+                part.add(outputs, labels)
+            ids.append(known_ids(outputs))
+        for name, part in parts.items():
+            gatherers[name].merge(part)
+        yield torch.cat(ids)
 
 
 def fit_scores(
@@ -180,7 +189,7 @@ def fit_scores(
     for part in engine(gatherers, backbone, dataset, options, done):
         parts.append(part)
         before, done = done, done + len(part)
-        if progress and done // SHARD > before // SHARD:
+        if progress and done // RECORD > before // RECORD:
             progress.save(gatherers, torch.cat(parts))
         report(len(part))
     if done != len(dataset):

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from detector.backbone import Backbone
 from detector.data import Dataset
 from detector.errors import DataError
-from detector.features import BATCH
+from detector.features import BATCH, SHARD
 from detector.images import Preprocessing, image_ids
 from detector.scores import FitOptions, Gatherer
 
-SHARD = 8 * BATCH  # whole batches, so that every forward pass is the one of a local fit
 Row = dict[str, Any]
 Kinds = tuple[type[Gatherer], ...]
 

@@ -26,11 +26,11 @@ class ClassSums(Gatherer):
 
     def add(self, outputs: Outputs, labels: Tensor) -> None:
         self.counts += torch.bincount(labels.cpu(), minlength=len(self.counts))
-        self.sums = _added(self.sums, class_sums(outputs.penultimate, labels, len(self.counts)))
+        self.sums = _with_rows(self.sums, outputs.penultimate, labels)
 
     def merge(self, other: Self) -> None:
         self.counts += other.counts
-        self.sums = _added(self.sums, other.sums.clone())
+        self.sums = _added(self.sums, other.sums)
 
     def progress(self) -> State:
         return {"counts": self.counts, "sums": self.sums}
@@ -149,13 +149,13 @@ class EarlyMaps(Gatherer):
             raise ScoreError("the mix-up is fitted from outputs that carry the early layer")
         self.shape = torch.tensor(outputs.early.shape[1:])
         self.counts += torch.bincount(labels.cpu(), minlength=len(self.counts))
-        self.sums = _added(self.sums, class_sums(outputs.early.flatten(1), labels, len(self.counts)))
+        self.sums = _with_rows(self.sums, outputs.early.flatten(1), labels)
         runner_up = outputs.logits.topk(2, dim=1).indices[:, 1]
         self.maps.add(known_ids(outputs), labels, early=outputs.early, runner_up=runner_up)
 
     def merge(self, other: Self) -> None:
         self.counts += other.counts
-        self.sums = _added(self.sums, other.sums.clone())
+        self.sums = _added(self.sums, other.sums)
         self.shape = other.shape if len(other.shape) else self.shape
         self.maps.merge(other.maps)
 
@@ -219,12 +219,6 @@ def known_ids(outputs: Outputs) -> Tensor:
     return outputs.ids
 
 
-def class_sums(rows: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Sums of rows [N, D] by label, float64 [classes, D] on the CPU."""
-    total = torch.zeros(classes, rows.shape[1], dtype=torch.float64, device=rows.device)
-    return total.index_add_(0, labels.to(rows.device), rows.double()).cpu()
-
-
 def _per_class(size: int | None, options: FitOptions) -> int | None:
     return None if size is None else ceil(size / options.num_classes) if options.num_classes else size
 
@@ -235,10 +229,17 @@ def _refill(reservoir: Reservoir, progress: State) -> None:
         reservoir.add(rows.pop("ids"), rows.pop("labels"), **rows)
 
 
+def _with_rows(sums: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    """Class sums float64 [C, D] on the CPU, with rows [N, D] added to the sums of their labels int64 [N]."""
+    if sums.shape[1] == 0:
+        sums = sums.new_zeros(len(sums), rows.shape[1])
+    return sums.index_add_(0, labels.cpu(), rows.cpu().double())
+
+
 def _added(total: Tensor, part: Tensor) -> Tensor:
     if part.shape[1] == 0:
         return total
-    return part if total.shape[1] == 0 else total.add_(part)
+    return part.clone() if total.shape[1] == 0 else total.add_(part)
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

@@ -128,7 +128,8 @@ def test_an_interrupted_fit_tells_where_it_goes_on(material: Path, monkeypatch: 
         save(*given)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("detector.features.SHARD", 100)
+    monkeypatch.setattr("detector.features.SHARD", 128)
+    monkeypatch.setattr("detector.features.RECORD", 100)
     monkeypatch.setattr(Progress, "save", save_then_interrupt)
     first = oodgate(*arguments)
     assert first.exit_code == 1

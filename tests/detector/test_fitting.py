@@ -213,6 +213,7 @@ def test_half_weights_are_stored_small_and_judge_as_they_were_fitted(tmp_path: P
 
 def test_an_interrupted_fit_goes_on_and_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("detector.features.SHARD", 128)
+    monkeypatch.setattr("detector.features.RECORD", 128)
     network = toy_network()
     backbone = Backbone(network.module, network.preprocessing)
     straight, ids = fit_scores(["grood"], backbone, toy_dataset(600, 1), OPTIONS)
@@ -244,6 +245,7 @@ def test_an_interrupted_fit_goes_on_and_gives_the_same_bits(tmp_path: Path, monk
 
 def test_a_disk_that_takes_no_progress_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("detector.features.SHARD", 128)
+    monkeypatch.setattr("detector.features.RECORD", 128)
     network = toy_network()
     (tmp_path / "progress.partial").mkdir()  # stands in the way as a full disk would
     with pytest.raises(ArtifactError, match=r"progress\.safetensors cannot be written: .*Make room there"):
