@@ -217,7 +217,7 @@ def mixed(minutes: float) -> Result:
         await at_rest(server.url)
 
     with served() as server:
-        server.wait_logged(300, logger="detector.settling")  # the compiled forward takes its room once
+        server.wait_logged(600, logger="detector.settling")  # the compiled forward takes its room once
         asyncio.run(traffic(server))
         worrying = Counter(str(record["message"]) for record in server.log if record["level"] in ("ERROR", "CRITICAL"))
         files_after = open_files(server.process.pid)
