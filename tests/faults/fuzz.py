@@ -183,7 +183,7 @@ def measured(pid: int, rounds: Sequence[Callable[[], Counter[str]]]) -> report.R
 
 def images_stage(images: int) -> report.Result:
     """Drawn before anything is measured: hypothesis remembers more than the decoder ever would."""
-    drawn = [data for chunk in range(1 + images // CHUNK) for data in damaged(CHUNK, chunk)]
+    drawn = [data for chunk in range(images // CHUNK) for data in damaged(CHUNK, chunk)]
     fuzz_images(drawn[:CHUNK])  # what is loaded once is no growth
     half = len(drawn) // 2
     return measured(os.getpid(), [partial(fuzz_images, drawn[:half]), partial(fuzz_images, drawn[half:])])
