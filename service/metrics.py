@@ -161,7 +161,7 @@ class Metrics:
         self._start_at_zero()
         # Looking a series up by its labels costs more than counting in it.
         self.stage = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
-        self._shown: dict[str, list[tuple[Gauge, tuple[str, ...]]]] = {}
+        self._shown: dict[str, set[tuple[Gauge, tuple[str, ...]]]] = {}
         self._of_model: dict[tuple[str, str, str], _ModelSeries] = {}
 
     def _start_at_zero(self) -> None:
@@ -206,7 +206,7 @@ class Metrics:
             (self.model_info, (*model, score, network, digest, device, precision), 1),
         ):
             gauge.labels(*labels).set(value)
-            self._shown.setdefault(manifest.name, []).append((gauge, labels))
+            self._shown.setdefault(manifest.name, set()).add((gauge, labels))
         self._of_model[(*model, score)] = _ModelSeries(
             decisions={
                 reason: self.decisions.labels(*model, score, "accept" if reason == "none" else "defer", reason)
@@ -239,7 +239,7 @@ class Metrics:
             shown += [(self.ood_share_lower, size, window.ood_share_lower or 0.0)]
         for gauge, labels, value in shown:
             gauge.labels(*labels).set(value)
-        self._shown.setdefault(manifest.name, []).extend((gauge, labels) for gauge, labels, _ in shown)
+        self._shown.setdefault(manifest.name, set()).update((gauge, labels) for gauge, labels, _ in shown)
 
     def expect(self, manifest: Manifest, classes: Sequence[str], sources: Sequence[str]) -> None:
         """Show the decisions of these classes and sources at 0, before their first image."""
@@ -267,7 +267,7 @@ class Metrics:
 
     def retire(self, name: str) -> None:
         """Take back the gauges of a model that is served no more; its counters stay, as counters must."""
-        for gauge, labels in set(self._shown.pop(name, [])):
+        for gauge, labels in self._shown.pop(name, set()):
             gauge.remove(*labels)
 
     def count_verdicts(self, manifest: Manifest, decider: Decider, verdicts: Sequence[Verdict]) -> None:

@@ -180,6 +180,7 @@ class Registry:
             digest = model.detector.manifest.model_digest
             await self._aside(partial(self._policies.write, name, digest, policy, changed_by))
             self._serve(changed)
+        await self._aside(return_freed_memory)  # the limits of the drift tests took tens of megabytes
         log.info("policy changed", extra={"model": name, "policy": policy.model_dump(), "changed_by": changed_by})
         return changed
 

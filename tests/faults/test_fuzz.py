@@ -12,7 +12,7 @@ from tests.faults import fuzz
 
 
 def test_damaged_images_are_decoded_or_refused_by_name() -> None:
-    ends = fuzz.fuzz_images(500)
+    ends = fuzz.fuzz_images(fuzz.damaged(500))
     assert ends.total() >= 400  # what hypothesis drew twice it tries once
     assert {"decoded", "undecodable_image"} <= ends.keys()
 
