@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JPEGs decoded on a CUDA device by nvJPEG, through torchvision. Opt-in: its pixels are not Pillow's to the last grey level."""
+"""JPEGs decoded on a CUDA device by nvJPEG, through torchvision. Opt-in: its pixels are nearly those of Pillow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class NvJpeg:
         self._decode = _of_torchvision(device) if decode is None else decode
 
     def __call__(self, data: bytes) -> Pixels | None:
-        """Pixels [H, W, 3] of a file, not turned by its EXIF block; None where it may be cut off or nvJPEG refuses it."""
+        """Pixels [H, W, 3] of a file, not turned by its EXIF block; None where it may be cut off or is refused."""
         if not data.rstrip(b"\0").endswith(END):
             return None  # nvJPEG would fill up what is missing; Pillow says that it is
         try:

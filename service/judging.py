@@ -262,9 +262,7 @@ def _audited(asker: Asker, model: ServedModel, judged: Judged) -> dict[str, Any]
     }
 
 
-def _network_input(
-    picture: Picture, preprocessing: Preprocessing, limits: Limits, jpegs: JpegDecoder | None
-) -> Pixels:
+def _network_input(picture: Picture, preprocessing: Preprocessing, limits: Limits, jpegs: JpegDecoder | None) -> Pixels:
     if isinstance(picture, bytes):
         return decode(picture, preprocessing, limits, jpegs)
     height, width = picture.shape[:2]
