@@ -26,8 +26,8 @@ STAGES = {
 
 def main() -> None:
     text = DOCUMENT.read_text()
-    for name, written in (("stages", stages()), ("bank", bank()), ("replicas", replicas()), ("index", index())):
-        text = replaced(text, name, written)
+    for section in (stages, bank, replicas, index, recall):
+        text = replaced(text, section.__name__, section())
     DOCUMENT.write_text(text)
 
 
@@ -107,6 +107,32 @@ def index() -> str:
             *rows,
             "",
             f"Features {measured['features']}; {measured['lists_searched']} lists searched. {conditions(measured)}",
+        ]
+    )
+
+
+def recall() -> str:
+    measured = loaded(RESULTS / "recall.json")
+    lines = [
+        "| score | bank rows | same score, % of queries | farthest over, % | near, AUROC in %: exact "
+        "| index | far: exact | index |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for size, scores in measured["rows"].items():
+        for name, found in scores.items():
+            rates = [
+                f"{100 * found[f'{way}_{group}_auroc']:.3f}" for group in ("near", "far") for way in ("exact", "index")
+            ]
+            lines.append(
+                f"| `{name}` | {int(size):,} | {100 * found['same_score']:.2f} | {100 * found['largest_excess']:.2f} "
+                f"| {' | '.join(rates)} |"
+            )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{measured['queries']:,} queries; {measured['dimensions']} dimensions; {measured['lists_searched']} lists "
+            f"searched. {conditions(measured)}",
         ]
     )
 

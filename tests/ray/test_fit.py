@@ -177,7 +177,8 @@ def test_the_command_fits_from_s3_what_it_fits_from_folders_here(
     copy_files(
         str(tmp_path / "calibration"), path_there, source_filesystem=LocalFileSystem(), destination_filesystem=system
     )
-    save_file(toy_network().module.state_dict(), tmp_path / "weights.safetensors")
+    weights = {name: value.contiguous() for name, value in toy_network().module.state_dict().items()}
+    save_file(weights, tmp_path / "weights.safetensors")
     (tmp_path / "classes").write_text("\n".join(TOY_CLASSES))
 
     def fitted(train: str, calibration: str, out: Path, *more: str) -> Detector:
