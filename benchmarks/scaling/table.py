@@ -114,26 +114,20 @@ def index() -> str:
 def recall() -> str:
     measured = loaded(RESULTS / "recall.json")
     lines = [
-        "| score | bank rows | same score, % of queries | farthest over, % | near, AUROC in %: exact "
-        "| index | far: exact | index |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| network, dimensions | score | bank rows | same score, % of queries | farthest over, % "
+        "| near AUROC, %: exact | index | far: exact | index |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for size, scores in measured["rows"].items():
-        for name, found in scores.items():
-            rates = [
-                f"{100 * found[f'{way}_{group}_auroc']:.3f}" for group in ("near", "far") for way in ("exact", "index")
-            ]
+    for network, its in measured.items():
+        for size, name, found in ((size, *each) for size, scores in its["rows"].items() for each in scores.items()):
+            ways = [f"{way}_{group}_auroc" for group in ("near", "far") for way in ("exact", "index")]
             lines.append(
-                f"| `{name}` | {int(size):,} | {100 * found['same_score']:.2f} | {100 * found['largest_excess']:.2f} "
-                f"| {' | '.join(rates)} |"
+                f"| {network}, {its['dimensions']} | `{name}` | {int(size):,} | {100 * found['same_score']:.2f} "
+                f"| {100 * found['largest_excess']:.1f} | {' | '.join(f'{100 * found[way]:.3f}' for way in ways)} |"
             )
+    [last] = list(measured.values())[-1:]
     return "\n".join(
-        [
-            *lines,
-            "",
-            f"{measured['queries']:,} queries; {measured['dimensions']} dimensions; {measured['lists_searched']} lists "
-            f"searched. {conditions(measured)}",
-        ]
+        [*lines, "", f"{last['queries']:,} queries; {last['lists_searched']} lists searched. {conditions(last)}"]
     )
 
 
