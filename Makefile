@@ -27,6 +27,7 @@ test-ray: $(RAY)/.ready
 bench-scaling: $(RAY)/.ready
 	$(BIN)/python -m benchmarks.scaling.stages
 	$(BIN)/python -m benchmarks.scaling.index
+	for network in resnet20 resnet56 embedded; do $(BIN)/python -m benchmarks.scaling.recall --network $$network || exit 1; done
 	$(RAY)/bin/python -m benchmarks.scaling.replicas
 	$(BIN)/python -m benchmarks.scaling.table
 

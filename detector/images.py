@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of one image -> uint8 RGB pixels of the network's input size. The only decoder: fit and serve both use it.
+"""Bytes of one image -> uint8 RGB pixels of the network's input size. Fit and serve both decode here.
 
 The header is read first; byte, format and pixel limits are settled before any pixel is decoded.
 """
@@ -10,6 +10,7 @@ import hashlib
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from detector.errors import TooManyBytes, TooManyPixels, UndecodableImage, UnsupportedImageFormat
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]; batches [N, H, W, 3]
+JpegDecoder = Callable[[bytes], Pixels | None]  # the whole file in RGB, as it lies; None leaves it to Pillow
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 DEFAULT_MAX_BYTES = 20 * 2**20
@@ -104,7 +106,9 @@ class Preprocessing(BaseModel):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
-def decode(data: bytes, preprocessing: Preprocessing, limits: Limits | None = None) -> Pixels:
+def decode(
+    data: bytes, preprocessing: Preprocessing, limits: Limits | None = None, jpegs: JpegDecoder | None = None
+) -> Pixels:
     """Decode one encoded image to the network's input.
 
     JPEG, PNG and WebP; EXIF orientation applied; the first frame of an animation; transparency dropped.
@@ -114,6 +118,7 @@ def decode(data: bytes, preprocessing: Preprocessing, limits: Limits | None = No
         data: the file.
         preprocessing: sizes and filter.
         limits: byte and pixel limits; `Limits()` where not given.
+        jpegs: decodes grey and colour JPEGs instead of Pillow; see `detector.nvjpeg`.
 
     Returns:
         uint8 [crop height, crop width, 3], RGB.
@@ -124,6 +129,10 @@ def decode(data: bytes, preprocessing: Preprocessing, limits: Limits | None = No
     image = _open(data, limits or Limits())
     try:
         orientation = _orientation(image)
+        if jpegs is not None and image.format == "JPEG" and image.mode in ("L", "RGB"):
+            pixels = jpegs(data)
+            if pixels is not None and pixels.shape == (image.height, image.width, 3):
+                return resize(_upright(Image.fromarray(pixels), orientation), preprocessing)
         image.draft("RGB", (2 * preprocessing.resize, 2 * preprocessing.resize))
         image.decodermaxblock = len(data)  # in one go: each block that Pillow feeds its decoder waits for the GIL again
         return resize(_upright(_as_rgb(image), orientation), preprocessing)

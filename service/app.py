@@ -15,7 +15,9 @@ import torch
 from fastapi import FastAPI
 
 from detector import __version__
+from detector.backbone import resolve_device
 from detector.errors import OodgateError
+from detector.nvjpeg import NvJpeg
 from service import logs, openapi, problems
 from service.audit import Audit, NoAudit
 from service.context import Context, Lifecycle
@@ -46,6 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     Raises, at start:
         ArtifactNotFound, ArtifactCorrupt, GoldenMismatch: a model cannot be served; the message says why.
+        BackboneError: the device is not there, or cannot decode JPEGs as asked.
     """
     metrics = Metrics()
     recent = Recent(metrics)
@@ -62,6 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
         registry = Registry(settings, metrics, watch)
         try:
             audit = _audit(settings, metrics)
+            jpegs = NvJpeg(resolve_device(settings.device)) if settings.jpeg == "nvjpeg" else None
             registry.load_all()
         except OodgateError as error:
             log.error("cannot serve: %s", error, extra={"code": error.code})
@@ -93,6 +97,7 @@ def create_app(settings: Settings) -> FastAPI:
                 upstream,
                 explainer,
                 recent,
+                jpegs,
             )
             chores = [asyncio.create_task(chore) for chore in _chores(settings, metrics, registry, watch)]
             if tokens.open and not is_loopback(settings.host):

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from detector.images import JpegDecoder
 from service.audit import Audit, NoAudit
 from service.engine import Engine
 from service.explainer import Explainer
@@ -47,6 +48,7 @@ class Context:
     upstream: Upstream | None
     explainer: Explainer
     recent: Recent
+    jpegs: JpegDecoder | None
 
 
 async def _context(request: Request) -> Context:  # a plain function would be sent through a thread

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 from starlette.requests import ClientDisconnect
 
 from detector.errors import ImageError, OodgateError, TooManyBytes, TooManyPixels
-from detector.images import Limits, Pixels, Preprocessing, decode, is_small, resize
+from detector.images import JpegDecoder, Limits, Pixels, Preprocessing, decode, is_small, resize
 from service.context import Context
 from service.errors import (
     BodyTooLarge,
@@ -227,16 +228,16 @@ def _trace(span: RequestSpan, model: ServedModel, judged: Judged) -> None:
 async def _judge(context: Context, model: ServedModel, picture: Picture, started: float, deadline: float) -> Judged:
     preprocessing, limits = model.detector.manifest.preprocessing, context.settings.limits
 
-    def prepared() -> tuple[Pixels, str, float]:
+    def prepared(jpegs: JpegDecoder | None) -> tuple[Pixels, str, float]:
         began = time.monotonic()
-        image = _network_input(picture, preprocessing, limits)
+        image = _network_input(picture, preprocessing, limits, jpegs)
         sent = picture if isinstance(picture, bytes) else np.ascontiguousarray(picture).data
         return image, hashlib.sha256(sent).hexdigest(), time.monotonic() - began
 
     if isinstance(picture, bytes) and is_small(picture, preprocessing):
-        image, sha256, decode_s = prepared()
+        image, sha256, decode_s = prepared(None)  # the way to a device and back would take longer
     else:
-        image, sha256, decode_s = await in_decoder(context, deadline, prepared)
+        image, sha256, decode_s = await in_decoder(context, deadline, partial(prepared, context.jpegs))
     context.metrics.stage["decode"].observe(decode_s)
     answer = await context.engine.judge(model, image, deadline)
     return Judged(answer, sha256, decode_s, time.monotonic() - started)
@@ -261,9 +262,9 @@ def _audited(asker: Asker, model: ServedModel, judged: Judged) -> dict[str, Any]
     }
 
 
-def _network_input(picture: Picture, preprocessing: Preprocessing, limits: Limits) -> Pixels:
+def _network_input(picture: Picture, preprocessing: Preprocessing, limits: Limits, jpegs: JpegDecoder | None) -> Pixels:
     if isinstance(picture, bytes):
-        return decode(picture, preprocessing, limits)
+        return decode(picture, preprocessing, limits, jpegs)
     height, width = picture.shape[:2]
     if width * height > limits.max_pixels:
         raise TooManyPixels(width, height, limits.max_pixels)

@@ -87,6 +87,9 @@ class Settings(BaseSettings):
     compile: Literal["auto", "off"] = Field(
         default="auto", description="auto: make a compiled forward beside the server where there is a C++ compiler."
     )
+    jpeg: Literal["pillow", "nvjpeg"] = Field(
+        default="pillow", description="nvjpeg: JPEGs are decoded on the CUDA device; what it refuses, by Pillow."
+    )
     shadow_scores: tuple[str, ...] | None = Field(
         default=None, description="JSON list of scores beside the deciding one."
     )

@@ -15,6 +15,7 @@ import yaml
 
 from deploy.grafana.source.__main__ import written
 from service.metrics import Metrics
+from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 GRAFANA = ROOT / "deploy" / "grafana"
@@ -165,6 +166,25 @@ def test_compose_gives_oodgate_no_more_rights_than_it_needs() -> None:
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+# --- one process for each accelerator ---
+
+
+def test_each_accelerators_unit_is_a_start_of_its_own_port_state_and_device() -> None:
+    unit = (ROOT / "deploy" / "nginx" / "oodgate@.service").read_text()
+    variables = dict(re.findall(r"^Environment=(\w+)=(.*)$", unit, re.MULTILINE))
+    for number in ("0", "9"):
+        given: dict[str, Any] = {
+            name.removeprefix("OODGATE_").lower(): value.replace("%i", number)
+            for name, value in variables.items()
+            if name.startswith("OODGATE_")
+        }
+        settings = Settings(host="0.0.0.0", **given)
+        assert (settings.port, str(settings.state_dir)) == (8000 + int(number), f"/var/lib/oodgate/{number}")
+        assert variables["CUDA_VISIBLE_DEVICES"].replace("%i", number) == number
+    [patience] = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
+    assert int(patience) > settings.drain_seconds + settings.shutdown_grace_s
 
 
 # --- Prometheus and Grafana ---

@@ -271,6 +271,28 @@ def test_autoscalers_ask_only_for_metrics_the_service_has() -> None:
     assert {name.removesuffix("_bucket") for name in asked} <= families
 
 
+def test_autoscalers_ask_only_for_labels_that_their_metrics_have() -> None:
+    """A selector on a label that is not there finds nothing, and the service would never grow."""
+    adapter = yaml.safe_load((KUBERNETES / "components/hpa/prometheus-adapter.yaml").read_text())["rules"]["custom"]
+    triggers = of_kind(overlaid("keda"), "ScaledObject")["spec"]["triggers"]
+    queries = [rule[part] for rule in adapter for part in ("seriesQuery", "metricsQuery")]
+    queries += [trigger["metadata"]["query"] for trigger in triggers]
+    # What Prometheus itself adds: Kubernetes' discovery by way of the ServiceMonitor.
+    discovered = {"namespace", "pod", "service"}
+    own = {sample.name: set(sample.labels) for family in Metrics().registry.collect() for sample in family.samples}
+    selectors = [found for query in queries for found in re.findall(r"(oodgate_\w+){([^}]*)}", query)]
+    assert len(selectors) == 6
+    for name, selector in selectors:
+        assert set(re.findall(r"(\w+)!?=", selector)) <= discovered | own[name], (name, selector)
+
+
+def test_every_schema_says_where_it_comes_from_and_under_which_licence() -> None:
+    rows = [line for line in (KUBERNETES / "schemas" / "README.md").read_text().splitlines() if ".json`" in line]
+    described = {re.findall(r"`([\w.-]+\.json)`", row)[0]: row for row in rows}
+    assert set(described) == {path.name for path in (KUBERNETES / "schemas").glob("*.json")}
+    assert all(row.rstrip(" |").endswith("Apache-2.0") and re.search(r"\d+\.\d+\.\d+", row) for row in rows)
+
+
 def test_horizontal_autoscaler_asks_for_metrics_the_adapter_makes() -> None:
     adapter = yaml.safe_load((KUBERNETES / "components/hpa/prometheus-adapter.yaml").read_text())
     made = {rule["name"]["as"] for rule in adapter["rules"]["custom"]}

@@ -3,11 +3,12 @@
 
     python -m benchmarks.gpu
 
-For each precision and batch size: images a second of the bare forward (eager in both orders of memory, and compiled,
-on a GPU as CUDA graphs), of an upload alone (pageable, and staged through pinned buffers on a stream of its own), of
-the search of the bank alone, and of the engine's steps with one batch ahead. Then p99 of one image at a time, and the
-decisions of every path on the golden images of a real model, against the CPU's. Writes
-benchmarks/gpu/results/DEVICE.json; `--device cpu` runs every step but those that only a GPU has.
+For each batch size and precision: images a second of the bare forward (eager in both orders of memory, and on a GPU
+recorded as a CUDA graph and compiled), of an upload alone (pageable, and staged through pinned buffers on a stream of
+its own), of the search of the bank alone, and of the engine's steps with one batch ahead. Then p99 of one image at a
+time, JPEG decoding by Pillow and by nvJPEG, and the decisions of every path on the golden images of a real model,
+against the CPU's. Writes DEVICE.json and DEVICE.md under benchmarks/gpu/results, after every size anew; sizes whose
+turn comes after `--minutes` are left out and named. `--device cpu` runs every step but those that only a GPU has.
 """
 
 from __future__ import annotations
@@ -18,44 +19,60 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.gpu.subject import Bucketed, Subject, bare, subject
+from benchmarks.gpu import jpegs
+from benchmarks.gpu.forms import Bucketed, Make, compiled, recorded
+from benchmarks.gpu.measures import agreement, latency, rates
+from benchmarks.gpu.subject import Subject, bare, subject
+from benchmarks.gpu.table import table
 from detector import Detector, artifact as artifacts
 from detector.backbone import Precision, resolve_device
-from detector.staging import Staging
+from detector.nvjpeg import NvJpeg
 
 RESULTS = Path("benchmarks/gpu/results")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
-GOAL_BATCH = 64
+BATCHES = (64, 1, 256, 16, 32, 128, 8, 4, 2)  # the goals' first, so that they are measured whatever happens
+GOAL_BATCH = "64"
 GOALS = {"engine_of_compiled_forward": 0.90, "grood_adds": 0.10, "p99_ms_over_forward": 2.0}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
+    end = time.monotonic() + 60 * options.minutes
     device = resolve_device(options.device)
-    compiled = device.type == "cuda" or options.compile
-    measured = {precision: _precision(options, str(device), precision, compiled=compiled) for precision in PRECISIONS}
-    result = {
-        "network": f"{options.network}, {options.size} x {options.size}, random weights",
-        "bank": options.bank,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "precisions": measured,
-        "goals": GOALS,
-        "golden": golden(options.model, str(device), compiled=compiled),
-        "machine": {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "cuda": torch.version.cuda},
-        "versions": {name: version(name) for name in ("torch", "torchvision")} | {"python": platform.python_version()},
-    }
-    name = re.sub(r"\W+", "-", str(result["device"])).strip("-").lower()
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    forms = _forms(device, compile_anyway=options.compile)
+    result = _described(options, device)
+    # Short, and the point of it all: before what may take minutes.
+    result["golden"] = golden(options.model, str(device), forms)
+    result["jpeg_files_per_second"] = jpegs.files_per_second(device, options.seconds)
+    subjects = {name: _subjects(options, str(device), name, forms) for name in PRECISIONS}
+    for size in options.batches:
+        for precision, measured in subjects.items():
+            found = result["precisions"].setdefault(precision, {"images_per_second": {}, "not_measured": []})
+            if time.monotonic() > end:
+                found["not_measured"].append(size)
+            else:
+                found.update(_at(*measured, size, options.seconds, found))
+            _write(result, options.out)
+    print(table(result))
+
+
+def _at(
+    made: Subject, prepared: dict[str, Subject], size: int, seconds: float, before: dict[str, Any]
+) -> dict[str, Any]:
+    """What is known of a precision once a size is measured too."""
+    at = rates(made, prepared, size, seconds)
+    known = before | {"images_per_second": before["images_per_second"] | {str(size): at}}
+    if size == 1:
+        works = [subject for name, subject in prepared.items() if f"forward_{name}" in at]
+        known["one_at_a_time_ms"] = latency([made, *works][-1], seconds)
+    return known | {"reached": reached(known)}
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,120 +82,60 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--classes", type=int, default=1_000)
     parser.add_argument("--bank", type=int, default=100_000)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which no further size is begun")
     parser.add_argument("--compile", action="store_true", help="on a CPU too, which takes minutes")
     parser.add_argument("--model", type=Path, default=Path("models/cifar10/1"), help="whose golden images are judged")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
 
-def _precision(options: argparse.Namespace, device: str, precision: Precision, *, compiled: bool) -> dict[str, Any]:
-    made = subject(options.network, options.size, options.bank, options.classes, device, precision)
-    best = made
-    if compiled:
-        backbone = made.backbone.with_forward(Bucketed(bare(made.backbone)), "compiled")
-        best = Subject(backbone, made.grood, made.decider)
-    by_batch = {str(size): _rates(made, best, size, options.seconds) for size in options.batches}
-    found: dict[str, Any] = {"images_per_second": by_batch, "one_at_a_time_ms": _latency(best, options.seconds)}
-    at = by_batch.get(str(GOAL_BATCH))
-    if at is not None and compiled:
-        found["reached"] = {
-            "engine_of_compiled_forward": at["engine"] / at["forward_compiled"],
-            "grood_adds": at["forward_compiled"] / at["bank_search"],
-            "p99_ms_over_forward": found["one_at_a_time_ms"]["engine_p99"] - found["one_at_a_time_ms"]["forward_p99"],
-        }
-    return found
-
-
-def _rates(made: Subject, best: Subject, size: int, seconds: float) -> dict[str, float]:
-    """Images a second of each step alone, and of all of them, at one batch size."""
-    backbone = made.backbone
-    images = torch.randint(0, 256, (size, *backbone.input_shape), dtype=torch.uint8)
-    there = images.to(backbone.device)
-    planes = there.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)  # the same, colour by colour in memory
-    outputs = backbone.outputs(images)
-    staging = Staging(backbone.input_shape, backbone.device)
-    eager, contiguous = bare(backbone), bare(backbone, channels_last=False)
-    steps: dict[str, Callable[[], Any]] = {
-        "upload_pageable": lambda: images.to(backbone.device, copy=True),
-        "upload_staged": lambda: staging.upload(images),
-        "forward_contiguous": lambda: contiguous(planes),
-        "forward_channels_last": lambda: eager(there),
-        "bank_search": lambda: made.score(outputs.sharing()),
-    }
-    if best is not made:
-        steps["forward_compiled"] = lambda: best.backbone.forward(there)
-    with torch.inference_mode():
-        rates = {name: size * _per_second(step, backbone.device, seconds) for name, step in steps.items()}
-        rates["engine"] = size * _pipelined(best, images, seconds)
-    return rates
-
-
-def _per_second(step: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    for _ in range(3):  # the first runs compile, choose kernels and record graphs
-        step()
-    _wait(device)
-    runs, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        step()
-        runs += 1
-        if runs % 8 == 0:
-            _wait(device)  # the clock must not run ahead of the device for long
-    _wait(device)
-    return runs / (time.perf_counter() - started)
-
-
-def _pipelined(best: Subject, images: Tensor, seconds: float) -> float:
-    """Batches a second from host images to verdicts; the next batch is started before the last is fetched."""
-    for _ in range(3):
-        best.finish(best.start(images))
-    ahead = best.start(images)
-    runs, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        following = best.start(images)
-        best.finish(ahead)
-        ahead = following
-        runs += 1
-    best.finish(ahead)
-    return runs / (time.perf_counter() - started)
-
-
-def _latency(best: Subject, seconds: float) -> dict[str, float]:
-    """Milliseconds of one image at a time: the forward of one that is there already, and all of the engine's steps."""
-    images = torch.randint(0, 256, (1, *best.backbone.input_shape), dtype=torch.uint8)
-    there = images.to(best.backbone.device)
-
-    def forward() -> None:
-        best.backbone.forward(there)
-        _wait(best.backbone.device)
-
-    found: dict[str, float] = {}
-    for name, step in (("forward", forward), ("engine", lambda: best.finish(best.start(images)))):
-        with torch.inference_mode():
-            times = torch.tensor(_times(step, seconds), dtype=torch.float64)
-        found |= {f"{name}_p50": float(times.quantile(0.5)), f"{name}_p99": float(times.quantile(0.99))}
-    return found
-
-
-def _times(step: Callable[[], Any], seconds: float) -> list[float]:
-    for _ in range(3):
-        step()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while not times or time.perf_counter() < end:
-        started = time.perf_counter()
-        step()
-        times.append(1000 * (time.perf_counter() - started))
-    return times
-
-
-def _wait(device: torch.device) -> None:
+def _forms(device: torch.device, *, compile_anyway: bool) -> dict[str, Make]:
+    """What a forward can be made into here, the one expected to be fastest last."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return {"recorded": recorded, "compiled": compiled}
+    return {"compiled": compiled} if compile_anyway else {}
 
 
-def golden(model: Path, device: str, *, compiled: bool) -> dict[str, dict[str, Any]]:
+def _described(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    return {
+        "network": f"{options.network}, {options.size} x {options.size}, random weights",
+        "bank": options.bank,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "precisions": {},
+        "goals": GOALS,
+        "tf32": {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32},
+        "machine": {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "cuda": torch.version.cuda},
+        "versions": {name: version(name) for name in ("torch", "torchvision")} | {"python": platform.python_version()},
+    }
+
+
+def _subjects(
+    options: argparse.Namespace, device: str, precision: Precision, forms: dict[str, Make]
+) -> tuple[Subject, dict[str, Subject]]:
+    """The eager one, and one for each form."""
+    made = subject(options.network, options.size, options.bank, options.classes, device, precision)
+    prepared = {}
+    for name, make in forms.items():
+        backbone = made.backbone.with_forward(Bucketed(bare(made.backbone), make), "compiled")
+        prepared[name] = Subject(backbone, made.grood, made.decider)
+    return made, prepared
+
+
+def reached(found: dict[str, Any]) -> dict[str, float]:
+    """What there is of the goals: ratios at the goal's batch, milliseconds one at a time."""
+    at, alone = found["images_per_second"].get(GOAL_BATCH, {}), found.get("one_at_a_time_ms")
+    reached = {}
+    if "forward_compiled" in at:
+        reached["engine_of_compiled_forward"] = at["engine"] / at["forward_compiled"]
+        reached["grood_adds"] = at["forward_compiled"] / at["bank_search"]
+    if alone is not None:
+        reached["p99_ms_over_forward"] = alone["engine_p99"] - alone["forward_p99"]
+    return reached
+
+
+def golden(model: Path, device: str, forms: dict[str, Make]) -> dict[str, dict[str, Any]]:
     """By path: whether labels and decisions on the golden images are the CPU's, and how far scores are from its."""
     images = artifacts.load(model).golden["images"]
     reference = Detector.load(model, device="cpu", precision="fp32").verdicts(images)
@@ -186,16 +143,23 @@ def golden(model: Path, device: str, *, compiled: bool) -> dict[str, dict[str, A
     for precision in artifacts.read_manifest(model).precisions:
         eager = Detector.load(model, device=device, precision=precision)
         paths = {f"{precision} eager": eager}
-        if compiled:
-            paths[f"{precision} compiled"] = eager.with_forward(Bucketed(bare(eager.backbone)), {})
+        for name, make in forms.items():
+            paths[f"{precision} {name}"] = eager.with_forward(Bucketed(bare(eager.backbone), make), {})
         for name, detector in paths.items():
-            verdicts = detector.verdicts(images)
-            pairs = list(zip(verdicts, reference, strict=True))
-            found[name] = {
-                "same": all((a.decision, a.prediction.label) == (b.decision, b.prediction.label) for a, b in pairs),
-                "largest_score_difference": max(abs(a.ood.score - b.ood.score) for a, b in pairs),
-            }
+            try:
+                found[name] = agreement(detector.verdicts(images), reference)
+            except Exception as error:  # no compiler, say: the other paths can still be proven
+                found[name] = {"same": False, "failed": f"{type(error).__name__}: {str(error)[:200]}"}
+    if torch.device(device).type == "cuda":
+        found["nvjpeg"] = jpegs.golden(model, NvJpeg(torch.device(device)))
     return found
+
+
+def _write(result: dict[str, Any], folder: Path) -> None:
+    name = re.sub(r"\W+", "-", str(result["device"])).strip("-").lower()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(table(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: a network with a gradient bank of any size, and the ways to run it.
+"""What is measured: a network with a gradient bank of any size, and the engine's steps on it.
 
 Weights, bank and calibration are made at random: they change what comes out, not what it costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +21,6 @@ from detector.policy import DOUBT, CalibrationScores, Decider, Grouping, Policy,
 from detector.scores import Grood, score_all
 
 CALIBRATION = 1_000
-Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,26 +74,3 @@ def bare(backbone: Backbone, *, channels_last: bool = True) -> Forward:
     order = torch.channels_last if channels_last else torch.contiguous_format
     forward.to(memory_format=order)  # type: ignore[call-overload] # missing from torch's stubs
     return forward
-
-
-class Bucketed:
-    """A compiled forward for each power of two of batch sizes; CUDA graphs where the device is one.
-
-    A batch is filled up to its bucket, and what comes out is copied: the next replay of a graph writes to its place.
-    """
-
-    def __init__(self, forward: Forward) -> None:
-        self._forward = forward
-        self._compiled: dict[int, Callable[[Tensor], Pair]] = {}
-
-    def __call__(self, images: Tensor) -> Pair:
-        size = 1 << (len(images) - 1).bit_length()
-        if size not in self._compiled:
-            mode: Any = "reduce-overhead" if images.is_cuda else None
-            self._compiled[size] = torch.compile(self._forward, dynamic=False, mode=mode)
-        filled = images
-        if len(images) < size:
-            filled = images.new_zeros(size, *images.shape[1:])
-            filled[: len(images)] = images
-        logits, penultimate = self._compiled[size](filled)
-        return logits[: len(images)].clone(), penultimate[: len(images)].clone()

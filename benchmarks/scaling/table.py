@@ -26,8 +26,8 @@ STAGES = {
 
 def main() -> None:
     text = DOCUMENT.read_text()
-    for name, written in (("stages", stages()), ("bank", bank()), ("replicas", replicas()), ("index", index())):
-        text = replaced(text, name, written)
+    for section in (stages, bank, replicas, index, recall):
+        text = replaced(text, section.__name__, section())
     DOCUMENT.write_text(text)
 
 
@@ -108,6 +108,26 @@ def index() -> str:
             "",
             f"Features {measured['features']}; {measured['lists_searched']} lists searched. {conditions(measured)}",
         ]
+    )
+
+
+def recall() -> str:
+    measured = loaded(RESULTS / "recall.json")
+    lines = [
+        "| network, dimensions | score | bank rows | same score, % of queries | farthest over, % "
+        "| near AUROC, %: exact | index | far: exact | index |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for network, its in measured.items():
+        for size, name, found in ((size, *each) for size, scores in its["rows"].items() for each in scores.items()):
+            ways = [f"{way}_{group}_auroc" for group in ("near", "far") for way in ("exact", "index")]
+            lines.append(
+                f"| {network}, {its['dimensions']} | `{name}` | {int(size):,} | {100 * found['same_score']:.2f} "
+                f"| {100 * found['largest_excess']:.1f} | {' | '.join(f'{100 * found[way]:.3f}' for way in ways)} |"
+            )
+    [last] = list(measured.values())[-1:]
+    return "\n".join(
+        [*lines, "", f"{last['queries']:,} queries; {last['lists_searched']} lists searched. {conditions(last)}"]
     )
 
 

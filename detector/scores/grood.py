@@ -77,6 +77,11 @@ def _polar(bank: Tensor) -> tuple[Tensor, Tensor]:
     return bank.div(norms.to(bank.dtype)[:, None]).float(), norms.log()
 
 
+def comparable(bank: Tensor) -> Tensor:
+    """Gradients [B, D] as an index compares them, float32 [B, D + 1]."""
+    return _comparable(*_polar(bank))
+
+
 def _comparable(direction: Tensor, log_pi: Tensor) -> Tensor:
     """Gradients as an index compares them, float32 [N, D + 1]: whatever their lengths, nothing underflows.
 
@@ -223,7 +228,7 @@ class Grood(GroodFamily):
         prototypes, ood_prototype = (part.float() for part in self._prototypes(backbone))
         bank = gradient_bank(self.got(CorrectFeatures).features(), prototypes, ood_prototype)
         state = {"prototypes": prototypes, "ood_prototype": ood_prototype, "bank": bank}
-        return state | index.kept(_comparable(*_polar(bank)), self.options)
+        return state | index.kept(comparable(bank), self.options)
 
     def _attach(self, backbone: Backbone) -> None:
         super()._attach(backbone)
@@ -284,7 +289,7 @@ class GroodW(Whitened, Grood):
         state = super()._state(share, temperature)
         features = self.got(CorrectFeatures).features().double() @ state["whitening"].double()
         bank = gradient_bank(features, state["prototypes"], state["ood_prototype"])
-        return state | {"bank": bank} | index.kept(_comparable(*_polar(bank)), self.options)
+        return state | {"bank": bank} | index.kept(comparable(bank), self.options)
 
 
 @register

@@ -67,7 +67,8 @@ async def _respond(request: Request, context: Context, name: str | None, version
         files, _ = await read_in_time(context, deadline, partial(read_images, request, context.settings))
         if len(files) > 1:
             raise TooManyImages(1)
-        work = partial(decode, files[0], model.detector.manifest.preprocessing, context.settings.limits)
+        preprocessing = model.detector.manifest.preprocessing
+        work = partial(decode, files[0], preprocessing, context.settings.limits, context.jpegs)
         read = time.monotonic()
         image = await in_decoder(context, deadline, work)
         decoded = time.monotonic()

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from pyarrow.fs import FileSystem, LocalFileSystem, copy_files
+from safetensors.torch import save_file
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed; `make test-ray` brings it")
 
 from benchmarks.scaling.cluster import machine, workers  # noqa: E402
 from detector import Detector, features, fit, fit_ray  # noqa: E402
 from detector.backbone import Backbone  # noqa: E402
+from detector.cli import main  # noqa: E402
 from detector.data import Dataset, open_dataset  # noqa: E402
 from detector.errors import DataError  # noqa: E402
 from detector.features import SHARD, Gather, fit_scores  # noqa: E402
@@ -31,6 +34,13 @@ SHARDS = 4
 IMAGES = SHARDS * SHARD - 37  # the last shard is short, and its last batch too
 NAMES = ("grood", "grood_w", "mds", "vim", "knn", "nci")
 OPTIONS = FitOptions(num_classes=len(TOY_CLASSES), bank_size=200, mixup_images=40)
+
+
+def write_folders(root: Path, images: int, seed: int) -> None:
+    """Toy images in class folders."""
+    for index, (image, label) in enumerate(zip(*toy_images(images, seed), strict=True)):
+        (root / TOY_CLASSES[label]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(root / TOY_CLASSES[label] / f"{index:05}.png")
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +73,7 @@ def cluster(bucket: str) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("images")
-    for index, (image, label) in enumerate(zip(*toy_images(IMAGES, seed=1), strict=True)):
-        (root / TOY_CLASSES[label]).mkdir(exist_ok=True)
-        Image.fromarray(image).save(root / TOY_CLASSES[label] / f"{index:05}.png")
+    write_folders(root, IMAGES, seed=1)
     return root
 
 
@@ -92,15 +100,13 @@ def gathered(scores: dict[str, Score]) -> dict[str, torch.Tensor]:
 def assert_same(
     fitted: tuple[dict[str, Score], torch.Tensor],
     local: tuple[dict[str, Score], torch.Tensor],
-    tolerance: float = 0.0,
 ) -> None:
-    """Each image once and in order, every row that was kept to the bit, and every sum, unless shards were others."""
+    """Each image once and in order, every row that was kept and every sum to the bit."""
     assert torch.equal(fitted[1], local[1])
     here, there = gathered(local[0]), gathered(fitted[0])
     assert here.keys() == there.keys()
     for name, value in here.items():
-        allowed = tolerance if value.dtype == torch.float64 else 0.0
-        torch.testing.assert_close(there[name], value, rtol=allowed, atol=allowed, msg=name)
+        assert torch.equal(there[name], value), name
 
 
 def test_the_result_is_that_of_a_local_fit(
@@ -136,20 +142,61 @@ def test_archives_here_and_on_s3_give_the_result_of_the_folder(
     assert_same(fit_scores(NAMES, backbone, archive, OPTIONS, engine=engine), local)
 
 
-def test_class_folders_on_s3_give_the_result_of_those_here(
-    folder: Path, bucket: str, backbone: Backbone, tmp_path: Path
-) -> None:
-    few = tmp_path / "few"
+@pytest.fixture(scope="module")
+def few(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few of the images, in class folders of their own."""
+    root = tmp_path_factory.mktemp("few")
     for path in sorted(folder.rglob("*.png"))[::40]:
-        (few / path.parent.name).mkdir(parents=True, exist_ok=True)
-        (few / path.parent.name / path.name).write_bytes(path.read_bytes())
+        (root / path.parent.name).mkdir(exist_ok=True)
+        (root / path.parent.name / path.name).write_bytes(path.read_bytes())
+    return root
+
+
+@pytest.fixture(scope="module")
+def few_on_s3(few: Path, bucket: str) -> str:
+    """The same folders on S3."""
     system, path_there = FileSystem.from_uri(f"{bucket}/folders")
     copy_files(str(few), path_there, source_filesystem=LocalFileSystem(), destination_filesystem=system)
-    here, there = (
-        open_dataset(where, CIFAR_PREPROCESSING, classes=TOY_CLASSES) for where in (few, f"{bucket}/folders")
-    )
+    return f"{bucket}/folders"
+
+
+@pytest.mark.parametrize("engine", [partial(fit_ray.gather, shard=64), features.gather], ids=["ray", "local"])
+def test_class_folders_on_s3_give_the_result_of_those_here(
+    engine: Gather, few: Path, few_on_s3: str, backbone: Backbone
+) -> None:
+    here, there = (open_dataset(where, CIFAR_PREPROCESSING, classes=TOY_CLASSES) for where in (few, few_on_s3))
     expected = fit_scores(NAMES, backbone, here, OPTIONS)
-    assert_same(fit_scores(NAMES, backbone, there, OPTIONS, engine=partial(fit_ray.gather, shard=64)), expected, 1e-10)
+    assert_same(fit_scores(NAMES, backbone, there, OPTIONS, engine=engine), expected)
+
+
+@pytest.mark.parametrize("engine", ["ray", "local"])
+def test_the_command_fits_from_s3_what_it_fits_from_folders_here(
+    engine: str, few: Path, few_on_s3: str, bucket: str, tmp_path: Path
+) -> None:
+    """`oodgate fit`, from the URI to the thresholds; it joins the Ray that runs."""
+    write_folders(tmp_path / "calibration", 200, seed=2)
+    system, path_there = FileSystem.from_uri(f"{bucket}/calibration-{engine}")
+    copy_files(
+        str(tmp_path / "calibration"), path_there, source_filesystem=LocalFileSystem(), destination_filesystem=system
+    )
+    weights = {name: value.contiguous() for name, value in toy_network().module.state_dict().items()}
+    save_file(weights, tmp_path / "weights.safetensors")
+    (tmp_path / "classes").write_text("\n".join(TOY_CLASSES))
+
+    def fitted(train: str, calibration: str, out: Path, *more: str) -> Detector:
+        network = ["--backbone", "cifar_resnet18", "--weights", str(tmp_path / "weights.safetensors")]
+        data = [train, "--calibration", calibration, "--classes", str(tmp_path / "classes"), "--bank-size", "100"]
+        run = CliRunner().invoke(main, ["fit", *data, *network, "--device", "cpu", "--out", str(out), *more])
+        assert run.exit_code == 0, run.output
+        return Detector.load(out, device="cpu", precision="fp32")
+
+    here = fitted(str(few), str(tmp_path / "calibration"), tmp_path / "here" / "1")
+    there = fitted(few_on_s3, f"{bucket}/calibration-{engine}", tmp_path / "there" / "1", "--engine", engine)
+    assert [cut.value for cut in there.decider.thresholds] == [cut.value for cut in here.decider.thresholds]
+    states = [detector.fitted["grood"].state() for detector in (here, there)]
+    assert states[0].keys() == states[1].keys()
+    for name in states[0]:
+        torch.testing.assert_close(states[1][name], states[0][name], rtol=1e-10, atol=1e-10)
 
 
 def test_a_whole_fit_decides_by_the_same_thresholds(dataset: Dataset, tmp_path: Path) -> None:

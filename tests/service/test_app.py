@@ -8,18 +8,20 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from click.testing import CliRunner
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
 from detector.cli import main
-from detector.errors import ArtifactCorrupt, ArtifactNotFound
+from detector.errors import ArtifactCorrupt, ArtifactNotFound, BackboneError
+from detector.nvjpeg import NvJpeg
 from service import Settings, create_app
 from service.metrics import HANDLERS, Metrics
 from service.registry import newest_versions
 from service.settings import unknown_variables
-from tests.helpers import EMBEDDED
+from tests.helpers import EMBEDDED, encoded, photo
 from tests.service.conftest import serving
 
 
@@ -101,6 +103,27 @@ def test_a_damaged_model_stops_the_start(toy: Path, tmp_path: Path) -> None:
 def test_a_default_model_that_is_not_there_stops_the_start(toy_models: Path) -> None:
     with pytest.raises(ArtifactNotFound, match="DEFAULT_MODEL"):
         start(Settings(models=toy_models, default_model="other"))
+
+
+def test_decoding_on_a_device_that_is_not_there_stops_the_start(toy_models: Path) -> None:
+    with pytest.raises(BackboneError, match="OODGATE_JPEG=pillow"):
+        start(Settings(models=toy_models, device="cpu", jpeg="nvjpeg"))
+
+
+def test_jpegs_go_to_the_device_where_that_is_set(toy_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def decode(data: torch.Tensor) -> torch.Tensor:
+        asked.append(len(data))
+        return torch.zeros(3, 300, 400, dtype=torch.uint8)
+
+    monkeypatch.setattr("service.app.NvJpeg", lambda device: NvJpeg(device, decode))
+    large, small = encoded(photo(400, 300), "JPEG"), encoded(photo(32, 32), "JPEG")
+    with serving(Settings(models=toy_models, jpeg="nvjpeg")) as running:
+        for body in (large, small):
+            answer = running.client.post("/v1/verdict", content=body, headers={"content-type": "image/jpeg"})
+            assert answer.status_code == 200
+    assert asked == [len(large)]
 
 
 def test_the_newest_version_is_served_by_number(tmp_path: Path) -> None:
