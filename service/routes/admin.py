@@ -42,7 +42,7 @@ _REFUSED: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for stat
 @router.get("/v1/models/{name}/policy", operation_id="get_policy", summary="The policy in force",
             responses={404: {"model": Problem}})  # fmt: skip
 async def get_policy(name: str, context: Ctx) -> Policy:
-    """Target, guarantee, deciding score, and the share of the budget spent on low confidence."""
+    """Target, guarantee, deciding score, and how much of the budget 1 - target is spent on low confidence."""
     return context.registry.get(name).decider.policy
 
 

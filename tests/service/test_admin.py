@@ -78,6 +78,23 @@ def test_what_a_policy_leaves_out_stays_as_it_is_in_force(models: Path, tmp_path
         assert policy == STRICT | {"target_id_acceptance": 0.85, "alpha_conf": 0.0}
 
 
+def test_alpha_conf_is_a_share_of_the_images_taken_from_the_budget(models: Path, tmp_path: Path) -> None:
+    budget = STRICT | {"target_id_acceptance": 0.7}
+    with serving(settings(models, tmp_path / "state")) as running:
+
+        def put(alpha_conf: float) -> httpx.Response:
+            return running.client.put("/v1/models/toy/policy", json=budget | {"alpha_conf": alpha_conf}, headers=BOSS)
+
+        assert put(0.1).status_code == 200
+        decider = running.context.registry.get("toy").decider
+        assert decider.doubt_thresholds is not None
+        cut_offs = float(decider.thresholds[0].p_cutoff), float(decider.doubt_thresholds[0].p_cutoff)
+        assert 0 < cut_offs[1] <= 0.1 < cut_offs[0] <= 0.2
+        refused = put(0.3)  # the whole budget; as a part of the budget it would be little
+        assert_problem(refused, 422, "calibration_error")
+        assert "less than the budget" in refused.json()["detail"]
+
+
 def test_a_policy_outlives_a_restart_and_not_another_model(models: Path, tmp_path: Path) -> None:
     with serving(settings(models, tmp_path / "state")) as running:
         assert running.client.put("/v1/models/toy/policy", json=STRICT, headers=BOSS).status_code == 200
