@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Depends, Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from detector.policy import Policy
 from service.context import Context, Ctx
@@ -18,13 +18,23 @@ router = APIRouter(tags=["admin"])
 
 
 class LoadParameters(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    version: str | None = Field(default=None, description="The version to serve; the newest where none is named.")
 
-    version: str | None = None
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_overlooked(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (unknown := sorted({*given} - {"version"})):
+            raise ValueError(
+                f"{', '.join(unknown)[:200]} cannot be set by a load: a model is served as its files say. Write a "
+                "version with other files into the folder of models and load that; `version` is the only parameter"
+            )
+        return given
 
 
 class LoadRequest(BaseModel):
-    """Triton's body; of its parameters only `version` is read."""
+    """Triton's body; its parameters `config` and `file:…` are refused."""
+
+    model_config = ConfigDict(extra="forbid")
 
     parameters: LoadParameters = LoadParameters()
 
@@ -90,13 +100,13 @@ async def repository_index(context: Ctx) -> list[IndexEntry]:
     """Triton's index: READY is served; UNAVAILABLE is on disk, with the reason where loading it failed."""
     registry = context.registry
     served = {(name, registry.get(name).detector.manifest.version) for name in registry.names}
-    entries = []
-    for name, version in sorted({*registry.on_disk(), *served}):
-        failure = registry.failure(name)
-        reason = failure.detail if failure is not None and failure.version == version else ""
-        state = "READY" if (name, version) in served else "UNAVAILABLE"
-        entries.append(IndexEntry(name=name, version=version, state=state, reason=reason))
-    return entries
+    reasons = dict.fromkeys(served, "") | registry.on_disk()
+    return [
+        IndexEntry(
+            name=name, version=version, state="READY" if (name, version) in served else "UNAVAILABLE", reason=why
+        )
+        for (name, version), why in sorted(reasons.items())
+    ]
 
 
 @router.post("/v2/repository/models/{name}/load", operation_id="oip_load",
@@ -105,9 +115,11 @@ async def load(
     name: str, request: Request, context: Ctx, admin: Admin, body: Annotated[LoadRequest | None, Body()] = None
 ) -> ModelCard:
     """The newest version on disk, or the one that `parameters.version` names. It is loaded and proven aside, then
-    takes over in one step; where it fails, the version before it still serves and the card says why."""
-    model = await context.registry.load(name, body.parameters.version if body else None)
-    _audit(context, request, "load", model=name, version=model.detector.manifest.version)
+    takes over in one step; where it fails, the version before it still serves and the card says why. An older version
+    stays after a restart, too, until the newest is loaded or the model unloaded."""
+    model = await context.registry.load(name, body.parameters.version if body else None, admin)
+    version, pinned = model.detector.manifest.version, context.registry.pinned(name)
+    _audit(context, request, "load", model=name, version=version, pinned=pinned)
     return model_card(context.registry, name)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -87,3 +88,10 @@ def shared_server(toy_models: Path) -> Iterator[Running]:
 @pytest.fixture
 def client(shared_server: Running) -> httpx.Client:
     return shared_server.client
+
+
+@pytest.fixture
+def models(toy: Path, tmp_path: Path) -> Path:
+    """A folder of models that a test may change."""
+    shutil.copytree(toy, tmp_path / "models" / "toy" / "1")
+    return tmp_path / "models"
