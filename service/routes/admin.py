@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from detector.policy import Policy
 from service.context import Context, Ctx
 from service.drift import TestName
+from service.errors import AdminOnly
+from service.judging import Asker, shows_evidence
 from service.oip_schemas import IndexEntry
 from service.schemas import ModelCard, Problem, model_card
 
@@ -75,9 +77,11 @@ class ResetRequest(BaseModel):
 
 
 @router.get("/v1/models/{name}/drift", operation_id="get_drift", summary="Where a model's drift tests stand",
-            responses={404: {"model": Problem}})  # fmt: skip
-async def get_drift(name: str, context: Ctx) -> dict[str, Any]:
+            responses={403: {"model": Problem}, 404: {"model": Problem}})  # fmt: skip
+async def get_drift(name: str, request: Request, context: Ctx) -> dict[str, Any]:
     """Statistics, limits and alarms of every test, by calibration group."""
+    if not shows_evidence(context, Asker.of(request)):
+        raise AdminOnly("the evidence, which each p-value moves, is shown to the admin alone here")
     context.registry.get(name)
     return context.watch.status(name)
 

@@ -182,6 +182,24 @@ def test_scores_can_be_kept_for_the_admin(models: Path, tmp_path: Path) -> None:
         infer = running.client.post("/v2/models/toy/infer", json={"inputs": [encoded]}).json()
         assert {"ood_score", "p_value"}.isdisjoint(output["name"] for output in infer["outputs"])
         assert "threshold" not in infer["parameters"]
+        assert_problem(running.client.get("/v1/models/toy/drift"), 403, "admin_only")
+        assert running.client.get("/v1/models/toy/drift", headers=BOSS).status_code == 200
+
+
+@pytest.mark.parametrize("accept", ["text/plain", "application/openmetrics-text"])
+def test_metrics_that_tell_scores_can_be_kept_for_the_admin(models: Path, tmp_path: Path, accept: str) -> None:
+    with serving(settings(models, tmp_path / "state", expose="decision")) as running:
+
+        def families(**headers: str) -> set[str]:
+            text = running.client.get("/metrics", headers={"accept": accept} | headers).text
+            return {line.split()[2].removesuffix("_total") for line in text.splitlines() if line.startswith("# TYPE")}
+
+        hidden = families(**BOSS) - families()
+        assert families() == families(authorization="Bearer unknown")
+    assert hidden == {
+        "oodgate_p_value", "oodgate_threshold", "oodgate_borderline", "oodgate_shadow_disagreements",
+        "oodgate_drift_evidence_log10",
+    }  # fmt: skip
 
 
 def test_a_state_folder_that_cannot_be_written_stops_the_start(models: Path, tmp_path: Path) -> None:
