@@ -62,5 +62,6 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     for part in (verdict, explain, oip, gate, models, report, admin, monitor, console, health):
         app.include_router(part.router)
+    app.include_router(admin.changing)
     openapi.document(app)
     return app

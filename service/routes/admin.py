@@ -3,20 +3,44 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Depends, Request
+from fastapi import APIRouter, Body, Request, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from detector.policy import Policy
 from service.context import Context, Ctx
 from service.drift import TestName
 from service.errors import AdminOnly
-from service.judging import Asker, shows_evidence
+from service.judging import Asker, in_time, shows_evidence
 from service.oip_schemas import IndexEntry
 from service.schemas import ModelCard, Problem, model_card
 
+
+class _Changing(APIRoute):
+    """Whoever may change nothing is told so before the body is read; the body must arrive in time, within its limits.
+
+    FastAPI reads a body before anything else, without a deadline, and answers whatever goes wrong with a 400.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            context: Context = request.app.state.context
+            context.tokens.require_admin(request.scope["caller"])
+            deadline = time.monotonic() + context.settings.request_timeout_s
+            await in_time(context, deadline, request.body)  # the request keeps it
+            return await handle(request)
+
+        return guarded
+
+
 router = APIRouter(tags=["admin"])
+changing = APIRouter(tags=["admin"], route_class=_Changing)
 
 
 class LoadParameters(BaseModel):
@@ -41,14 +65,9 @@ class LoadRequest(BaseModel):
     parameters: LoadParameters = LoadParameters()
 
 
-def _admin(request: Request, context: Ctx) -> str:
-    caller = request.scope["caller"]
-    context.tokens.require_admin(caller)
-    return str(caller.name)
-
-
-Admin = Annotated[str, Depends(_admin)]
-_REFUSED: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 401, 403, 404, 422, 500)}
+_REFUSED: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem} for status in (400, 401, 403, 404, 408, 413, 422, 429, 500)
+}
 
 
 @router.get("/v1/models/{name}/policy", operation_id="get_policy", summary="The policy in force",
@@ -58,14 +77,14 @@ async def get_policy(name: str, context: Ctx) -> Policy:
     return context.registry.get(name).decider.policy
 
 
-@router.put("/v1/models/{name}/policy", operation_id="put_policy", summary="Decide by another policy: for the admin",
-            responses=_REFUSED)  # fmt: skip
-async def put_policy(name: str, policy: Policy, request: Request, context: Ctx, admin: Admin) -> ModelCard:
+@changing.put("/v1/models/{name}/policy", operation_id="put_policy", summary="Decide by another policy: for the admin",
+              responses=_REFUSED)  # fmt: skip
+async def put_policy(name: str, policy: Policy, request: Request, context: Ctx) -> ModelCard:
     """Recomputed from the stored calibration scores, without a refit; it outlives a restart. What is left out stays
     as it is in force. 422 where the calibration cannot keep what the policy promises."""
     in_force = context.registry.get(name).decider.policy
     policy = in_force.model_copy(update={member: getattr(policy, member) for member in policy.model_fields_set})
-    await context.registry.set_policy(name, policy, admin)
+    await context.registry.set_policy(name, policy, request.scope["caller"].name)
     _audit(context, request, "policy", model=name, policy=policy.model_dump())
     return model_card(context.registry, name)
 
@@ -86,10 +105,10 @@ async def get_drift(name: str, request: Request, context: Ctx) -> dict[str, Any]
     return context.watch.status(name)
 
 
-@router.post("/v1/models/{name}/drift/reset", operation_id="reset_drift",
-             summary="Start drift tests anew: for the admin", responses=_REFUSED)  # fmt: skip
+@changing.post("/v1/models/{name}/drift/reset", operation_id="reset_drift",
+               summary="Start drift tests anew: for the admin", responses=_REFUSED)  # fmt: skip
 async def reset_drift(
-    name: str, request: Request, context: Ctx, admin: Admin, body: Annotated[ResetRequest | None, Body()] = None
+    name: str, request: Request, context: Ctx, body: Annotated[ResetRequest | None, Body()] = None
 ) -> dict[str, Any]:
     """One test, or all of them; an alarm that stood is gone."""
     context.registry.get(name)
@@ -113,23 +132,24 @@ async def repository_index(context: Ctx) -> list[IndexEntry]:
     ]
 
 
-@router.post("/v2/repository/models/{name}/load", operation_id="oip_load",
-             summary="Serve a version of a model: for the admin", responses=_REFUSED)  # fmt: skip
+@changing.post("/v2/repository/models/{name}/load", operation_id="oip_load",
+               summary="Serve a version of a model: for the admin", responses=_REFUSED)  # fmt: skip
 async def load(
-    name: str, request: Request, context: Ctx, admin: Admin, body: Annotated[LoadRequest | None, Body()] = None
+    name: str, request: Request, context: Ctx, body: Annotated[LoadRequest | None, Body()] = None
 ) -> ModelCard:
     """The newest version on disk, or the one that `parameters.version` names. It is loaded and proven aside, then
     takes over in one step; where it fails, the version before it still serves and the card says why. An older version
     stays after a restart, too, until the newest is loaded or the model unloaded."""
-    model = await context.registry.load(name, body.parameters.version if body else None, admin)
+    wanted = body.parameters.version if body else None
+    model = await context.registry.load(name, wanted, request.scope["caller"].name)
     version, pinned = model.detector.manifest.version, context.registry.pinned(name)
     _audit(context, request, "load", model=name, version=version, pinned=pinned)
     return model_card(context.registry, name)
 
 
-@router.post("/v2/repository/models/{name}/unload", operation_id="oip_unload",
-             summary="Serve a model no more: for the admin", responses=_REFUSED)  # fmt: skip
-async def unload(name: str, request: Request, context: Ctx, admin: Admin) -> dict[str, str]:
+@changing.post("/v2/repository/models/{name}/unload", operation_id="oip_unload",
+               summary="Serve a model no more: for the admin", responses=_REFUSED)  # fmt: skip
+async def unload(name: str, request: Request, context: Ctx) -> dict[str, str]:
     """Images already admitted are still answered."""
     await context.registry.unload(name)
     _audit(context, request, "unload", model=name)

@@ -45,7 +45,8 @@ class Running:
         self._thread.start()
         assert self._up.wait(60)
         assert self.server.started, "the app refused to start"
-        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self.port = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx.Client(base_url=self.url, timeout=30)
 
     def stop(self) -> None:

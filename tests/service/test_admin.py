@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,20 @@ def test_only_the_admin_changes_anything(models: Path, tmp_path: Path, method: s
 @pytest.mark.parametrize(("method", "path"), CHANGES)
 def test_without_an_admin_token_nothing_can_be_changed(client: httpx.Client, method: str, path: str) -> None:
     assert_problem(client.request(method, path, json=STRICT), 403, "admin_disabled")
+
+
+@pytest.mark.parametrize(("method", "path"), CHANGES)
+def test_a_change_is_read_within_the_limits_of_every_body(models: Path, tmp_path: Path, method: str, path: str) -> None:
+    with serving(settings(models, tmp_path / "state", max_body_bytes=1000, request_timeout_s=1)) as running:
+        long = running.client.request(method, path, content=b"{" + b" " * 1000 + b"}", headers=BOSS)
+        assert_problem(long, 413, "body_too_large")
+        head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n"
+        with socket.create_connection(("127.0.0.1", running.port)) as never_ends:
+            never_ends.sendall(f"{head}authorization: Bearer boss\r\n\r\n{{".encode())
+            assert b" 408 " in never_ends.recv(100)
+        with socket.create_connection(("127.0.0.1", running.port)) as unknown:
+            unknown.sendall(f"{head}\r\n".encode())  # and no body: the answer is there before it
+            assert b" 403 " in unknown.recv(100)
 
 
 def test_every_decision_and_change_is_one_audit_line_without_the_image(models: Path, tmp_path: Path) -> None:
