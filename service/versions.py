@@ -25,14 +25,14 @@ class PinnedVersion(BaseModel):
 
 
 class PinnedVersions:
-    """One file a model under the state folder, replaced as a whole; none where the newest version is to be served.
+    """One file a model beside its policy, replaced as a whole; none where the newest version is to be served.
 
     Args:
         state_dir: the state folder.
     """
 
     def __init__(self, state_dir: Path) -> None:
-        self._directory = state_dir / "version"
+        self._directory = state_dir / "policy"  # shared by replicas, as policies are
 
     def read(self, name: str) -> str | None:
         """The version to serve of a model; None where it is the newest."""
@@ -62,4 +62,4 @@ class PinnedVersions:
         remove(self._path(name))
 
     def _path(self, name: str) -> Path:
-        return self._directory / f"{name}.json"
+        return self._directory / f"{name}.version"

@@ -162,7 +162,7 @@ def test_a_start_without_the_version_that_was_chosen_serves_the_newest_whole_one
 def test_a_choice_that_cannot_be_remembered_is_not_applied(models: Path, tmp_path: Path) -> None:
     add_version(models, 2)
     (tmp_path / "state").mkdir()
-    (tmp_path / "state" / "version").write_text("a file where a folder should be")
+    (tmp_path / "state" / "policy").write_text("a file where a folder should be")
     with serving(settings(models, tmp_path / "state")) as running:
         assert_problem(load(running.client, "1"), 500, "state_unwritable")
         assert served(running) == "2"
@@ -170,8 +170,8 @@ def test_a_choice_that_cannot_be_remembered_is_not_applied(models: Path, tmp_pat
 
 def test_a_damaged_choice_is_left_for_the_newest_version(models: Path, tmp_path: Path) -> None:
     add_version(models, 2)
-    (tmp_path / "state" / "version").mkdir(parents=True)
-    (tmp_path / "state" / "version" / "toy.json").write_text('{"version": "../1", "changed": 0, "changed_by": "x"}')
+    (tmp_path / "state" / "policy").mkdir(parents=True)
+    (tmp_path / "state" / "policy" / "toy.version").write_text('{"version": "../1", "changed": 0, "changed_by": "x"}')
     with serving(settings(models, tmp_path / "state")) as running:
         assert served(running) == "2"
 
