@@ -98,9 +98,11 @@ class Registry:
         """What to serve of a model at a start, best first: the version that the admin went back to, then the newest."""
         versions = sorted(self._versions(name), key=_number, reverse=True)
         pinned = self._pinned.read(name)
-        if pinned in (path.name for path in versions):
-            log.warning("the version that the admin chose is served", extra={"model": name, "version": pinned})
-        elif pinned is not None:
+        if pinned is None:
+            return versions
+        if pinned in [path.name for path in versions]:
+            log.warning("the version that the admin chose is to be served", extra={"model": name, "version": pinned})
+        else:
             gone = f"version {pinned}, which the admin chose, is not in the folder of models any more"
             self._failures[self._settings.models / name / pinned] = LoadFailure(pinned, ArtifactNotFound.code, gone)
             log.error("the newest version is served: %s", gone, extra={"model": name})
