@@ -39,15 +39,24 @@ class Policy(BaseModel):
         target_id_acceptance: share of in-distribution images to accept.
         guarantee: what is promised about it.
         score_name: the score that decides.
-        alpha_conf: the part of the deferral budget 1 - target that is spent on low confidence.
+        alpha_conf: share of in-distribution images that may be deferred for low confidence, out of the deferral budget
+            1 - target; OOD keeps the rest. Like the budget it counts images: at target 0.95 all of it would be 0.05.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    target_id_acceptance: float = Field(default=0.95, gt=0, lt=1)
+    target_id_acceptance: float = Field(
+        default=0.95, gt=0, lt=1, description="Share of in-distribution images to accept; the rest is the budget."
+    )
     guarantee: Guarantee = Guarantee()
-    score_name: str = "grood"
-    alpha_conf: float = Field(default=0.0, ge=0, lt=1)
+    score_name: str = Field(default="grood", description="The score that decides.")
+    alpha_conf: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of in-distribution images that may be deferred for low confidence. Taken from the budget "
+        "1 - target_id_acceptance, so below it: with 0.95 and 0.01, OOD keeps 0.04.",
+    )
 
 
 @dataclass(frozen=True)
@@ -183,7 +192,8 @@ class Decider:
         alpha, alpha_conf = 1 - exact(policy.target_id_acceptance), exact(policy.alpha_conf)
         if alpha_conf >= alpha:
             raise CalibrationError(
-                f"alpha_conf {policy.alpha_conf} leaves nothing of the budget {float(alpha):.4g} for OOD"
+                f"alpha_conf {policy.alpha_conf} leaves nothing of the budget {float(alpha):.4g} for OOD; both "
+                "are shares of the in-distribution images, so give less than the budget"
             )
         # Every promise that must hold at once takes an equal share of delta.
         promises = len(calibration.grouping.names) * (2 if alpha_conf else 1)

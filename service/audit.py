@@ -14,12 +14,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from service.errors import StateUnwritable
+from service.state import PRIVATE, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +53,8 @@ class Audit:
         self._closing = False
         self._lost = 0
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("ab", buffering=0)
+            make_folder(directory)
+            self._file = self._opened()
             self._end_the_last_line()
         except OSError as error:
             raise StateUnwritable(self._path, error) from error
@@ -76,6 +78,10 @@ class Audit:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+
+    def _opened(self) -> FileIO:
+        self._path.touch(PRIVATE)
+        return self._path.open("ab", buffering=0)
 
     def _end_the_last_line(self) -> None:
         """A crash may have cut it short; the next line must not be lost to it."""
@@ -139,7 +145,7 @@ class Audit:
                 older.replace(self._path.with_name(f"{FILE}.{number + 1}"))
         self._path.with_name(f"{FILE}.{self._keep + 1}").unlink(missing_ok=True)
         self._path.replace(self._path.with_name(f"{FILE}.1"))
-        fresh = self._path.open("ab", buffering=0)
+        fresh = self._opened()
         self._file.close()  # not before its successor is there: a failure leaves a file to write to
         self._file = fresh
 

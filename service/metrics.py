@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -18,6 +18,8 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from detector import __version__
 from detector.artifact import Manifest
@@ -46,6 +48,10 @@ P_VALUE_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6,
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MODEL, SCORED = ("model", "version"), ("model", "version", "score")
+# What tells, read before and after one image, how it was scored.
+EVIDENCE = frozenset(
+    f"oodgate_{name}" for name in ("p_value", "threshold", "borderline", "shadow_disagreements", "drift_evidence_log10")
+)
 
 # When each series began would be a fifth as many series again, of no use to anybody.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -60,6 +66,17 @@ class _ModelSeries:
     borderline: Counter
     shadows: Mapping[str, Counter]
     disagreements: Mapping[str, Counter]
+
+
+class WithoutEvidence(Collector):
+    """A registry without what tells scores: for those to whom they are not shown."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """The families of metrics that are left."""
+        return (family for family in self._registry.collect() if family.name not in EVIDENCE)
 
 
 class Metrics:

@@ -20,8 +20,8 @@ _PROBLEM: dict[str, Any] = {"schema": {"$ref": "#/components/schemas/Problem"}}
 _UNPROCESSABLE = {"$ref": "#/components/schemas/HTTPValidationError"}
 _GATE_ALONE = {"path_refused", "gate_disabled", "upstream_failed", "not_scored", "upstream_timeout"}
 _IMAGES_ALONE = {
-    "empty_request", "malformed_form", "too_many_images", "unsupported_media_type", "queue_full", "buffers_full",
-    "slow_request", "scoring_failed", "not_ready", "engine_lost", "deadline_passed",
+    "empty_request", "malformed_form", "too_many_images", "unsupported_media_type", "queue_full",
+    "scoring_failed", "not_ready", "engine_lost", "deadline_passed",
 }  # fmt: skip
 _TENSORS_ALONE = {"too_many_values"}
 _MODELS_ALONE = {"state_unwritable"}  # beside what is wrong with a model itself

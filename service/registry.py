@@ -26,6 +26,7 @@ from service.metrics import Metrics
 from service.policies import Policies
 from service.served import ServedModel, buckets, warm_up
 from service.settings import Settings
+from service.versions import PinnedVersions
 from service.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LoadFailure:
-    """Why the last attempt to load a version failed; the version before it still serves."""
+    """Why a version could not be loaded when it was last tried; another one serves."""
 
     version: str
     code: str
@@ -55,18 +56,19 @@ class Registry:
         self._settings, self._metrics, self._watch = settings, metrics, watch
         self._policies = Policies(settings.state_dir)
         self._models: dict[str, ServedModel] = {}
-        self._failures: dict[str, LoadFailure] = {}
+        self._pinned = PinnedVersions(settings.state_dir)
+        self._failures: dict[Path, LoadFailure] = {}  # by version
         self._tried: dict[Path, int] = {}  # by manifest: when the file was last changed
         self._settling: dict[str, Settling] = {}
         self._one_change = asyncio.Lock()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
     def load_all(self) -> None:
-        """Load and warm the newest version of every model, or the newest below it that can be served.
+        """Load and warm of every model the version that the admin went back to, else the newest that can be served.
 
         Raises:
             ArtifactNotFound: there is no model at all, or none of the default's name.
-            OodgateError: no version of a model can be loaded; the message is that of the newest.
+            OodgateError: no version of a model can be loaded; the message is that of the first that was tried.
         """
         found = [path.parent.name for path in newest_versions(self._settings.models)]
         if not found:
@@ -74,27 +76,40 @@ class Registry:
                 f"{self._settings.models} holds no model (NAME/NUMBER/manifest.json); give the folder with --models"
             )
         for name in found:
-            self._load_newest_whole(name)
+            self._load_first_whole(name)
         if self._settings.default_model and self._settings.default_model not in self._models:
             raise ArtifactNotFound(f"OODGATE_DEFAULT_MODEL {self._settings.default_model!r} is not in {self.names}")
 
-    def _load_newest_whole(self, name: str) -> None:
-        versions = [path for path in all_versions(self._settings.models) if path.parent.name == name]
-        newest, *older = sorted(versions, key=lambda path: int(path.name), reverse=True)
-        try:
-            return self._take(self._load(newest), newest)
-        except OodgateError as error:
-            refused = error
-        for directory in older:
+    def _load_first_whole(self, name: str) -> None:
+        refused: list[OodgateError] = []
+        for directory in self._wanted(name):
             try:
                 self._take(self._load(directory), directory)
-            except OodgateError:
+            except OodgateError as error:
+                refused.append(error)
                 continue
-            self._failures[name] = LoadFailure(newest.name, refused.code, str(refused))
-            extra = {"model": name, "version": directory.name, "code": refused.code}
-            log.error("an older version is served, the newest cannot be: %s", refused, extra=extra)
-            return None
-        raise refused
+            if refused:
+                extra = {"model": name, "version": directory.name, "code": refused[0].code}
+                log.error("another version is served, the one to be served cannot be: %s", refused[0], extra=extra)
+            return
+        raise refused[0]
+
+    def _wanted(self, name: str) -> list[Path]:
+        """What to serve of a model at a start, best first: the version that the admin went back to, then the newest."""
+        versions = sorted(self._versions(name), key=_number, reverse=True)
+        pinned = self._pinned.read(name)
+        if pinned is None:
+            return versions
+        if pinned in [path.name for path in versions]:
+            log.warning("the version that the admin chose is to be served", extra={"model": name, "version": pinned})
+        else:
+            gone = f"version {pinned}, which the admin chose, is not in the folder of models any more"
+            self._failures[self._settings.models / name / pinned] = LoadFailure(pinned, ArtifactNotFound.code, gone)
+            log.error("the newest version is served: %s", gone, extra={"model": name})
+        return sorted(versions, key=lambda path: path.name != pinned)
+
+    def _versions(self, name: str) -> list[Path]:
+        return [path for path in all_versions(self._settings.models) if path.parent.name == name]
 
     @property
     def names(self) -> list[str]:
@@ -110,11 +125,13 @@ class Registry:
         """A model; the default one where no name is given. Raises ModelNotFound."""
         if name is None:
             name = self._settings.default_model or (self.names[0] if len(self._models) == 1 else "")
-            if not name:
-                raise ModelNotFound(f"there are several models; name one of {', '.join(self.names)} in the path")
         model = self._models.get(name)
+        if not self._models:
+            raise ModelNotFound("no model is loaded; the admin loads one by POST /v2/repository/models/NAME/load")
+        if not name:
+            raise ModelNotFound(f"there are several models; name one of {', '.join(self.names)} in the path")
         if model is None:
-            raise ModelNotFound(f"there is no model {name!r}; there are {', '.join(self.names) or 'none'}")
+            raise ModelNotFound(f"there is no model {name!r}; there are {', '.join(self.names)}")
         served = model.detector.manifest.version
         if version is not None and version != served:
             raise ModelNotFound(f"version {version!r} of {name!r} is not loaded; version {served} is")
@@ -132,36 +149,57 @@ class Registry:
         return self._settling[name].state
 
     def failure(self, name: str) -> LoadFailure | None:
-        """Why the last attempt to load another version of a model failed, if it did."""
-        return self._failures.get(name)
+        """The newest version of a model that could not be loaded when it was last tried, if there is one."""
+        failures = [failure for path, failure in self._failures.items() if path.parent.name == name]
+        return max(failures, key=lambda failure: int(failure.version), default=None)
 
-    def on_disk(self) -> list[tuple[str, str]]:
-        """Name and version of everything that could be loaded, sorted."""
-        return sorted((path.parent.name, path.name) for path in all_versions(self._settings.models))
+    def on_disk(self) -> dict[tuple[str, str], str]:
+        """Name and version of everything that could be loaded, sorted, each with why it could not when last tried."""
+        found = sorted(all_versions(self._settings.models))
+        failures = self._failures
+        return {(path.parent.name, path.name): failures[path].detail if path in failures else "" for path in found}
 
-    async def load(self, name: str, version: str | None = None) -> ServedModel:
+    def pinned(self, name: str) -> bool:
+        """Whether the admin went back to the version of a model that is served, so that no newer one takes over."""
+        return self._pinned.read(name) == self.get(name).detector.manifest.version
+
+    async def load(self, name: str, version: str | None, changed_by: str) -> ServedModel:
         """Load a version, the newest where none is given, prove it aside, and serve it from now on.
+
+        One that is not the newest stays after a restart, too, until the newest is loaded or the model unloaded.
 
         Raises:
             ModelNotFound: there is no such model or version on disk.
+            StateUnwritable: it could not be remembered, so nothing was changed.
             OodgateError: it cannot be served; the one that served before still does.
         """
-        found = [path for path in all_versions(self._settings.models) if path.parent.name == name]
+        found = self._versions(name)
         chosen = [path for path in found if version is None or path.name == version]
         if not chosen:
             there = ", ".join(f"{path.parent.name}/{path.name}" for path in found) or "none of that name"
             wanted = name if version is None else f"{name}/{version}"
             raise ModelNotFound(f"there is no {wanted} in the folder of models; there is {there}")
-        return await self._replace(max(chosen, key=lambda path: int(path.name)))
+        directory = max(chosen, key=_number)
+        if directory == max(found, key=_number):
+            remember = partial(self._pinned.release, name)
+        else:
+            remember = partial(self._pinned.pin, name, directory.name, changed_by)
+        return await self._replace(directory, remember)
 
     async def unload(self, name: str) -> None:
-        """Serve a model no more. Raises ModelNotFound where it is not loaded."""
+        """Serve a model no more, until it is loaded or a newer version is found.
+
+        Raises:
+            ModelNotFound: it is not loaded.
+            StateUnwritable: a version that the admin went back to could not be forgotten, so nothing was changed.
+        """
         async with self._one_change:
             model = self.get(name)
+            await self._aside(partial(self._pinned.release, name))
+            self._tried |= {path: _changed(path) for path in self._versions(name)}
             self._watch.end(name)
             self._metrics.retire(name)
             self._models = {other: served for other, served in self._models.items() if other != name}
-            self._failures.pop(name, None)
             settling = self._settling.pop(name)
         await self._aside(settling.close)
         log.info("model unloaded", extra={"model": name, "version": model.detector.manifest.version})
@@ -185,14 +223,18 @@ class Registry:
         return changed
 
     async def load_newer(self) -> None:
-        """Load each version on disk that is newer than the one served and has not been tried as it is."""
+        """Load each version on disk that is newer than the one served and has not been tried as it is.
+
+        A version that the admin went back to stays.
+        """
         for directory in newest_versions(self._settings.models):
-            served = self._models.get(directory.parent.name)
-            if served is not None and int(directory.name) <= int(served.detector.manifest.version):
+            name = directory.parent.name
+            served = self._models.get(name)
+            if served is not None and _number(directory) <= int(served.detector.manifest.version):
                 continue
             try:
-                changed = (directory / MANIFEST).stat().st_mtime_ns
-                if self._tried.get(directory) == changed:
+                changed = _changed(directory)
+                if self._tried.get(directory) == changed or (served is not None and self.pinned(name)):
                     continue
                 self._tried[directory] = changed
                 await self._replace(directory)
@@ -207,15 +249,12 @@ class Registry:
         for settling in self._settling.values():
             settling.close()
 
-    async def _replace(self, directory: Path) -> ServedModel:
+    async def _replace(self, directory: Path, remember: Callable[[], None] = lambda: None) -> ServedModel:
         name = directory.parent.name
         async with self._one_change:
-            try:
-                model = await self._aside(partial(self._load, directory))
-            except OodgateError as error:
-                self._failures[name] = LoadFailure(directory.name, error.code, str(error))
-                raise
-            self._failures.pop(name, None)
+            model = await self._aside(partial(self._load, directory))
+            await self._aside(remember)
+            self._failures = {path: why for path, why in self._failures.items() if path.exists()}
             before = self._settling.get(name)
             self._take(model, directory)
             self._settling[name].start()
@@ -241,9 +280,11 @@ class Registry:
             model = self._under(own, stored or manifest.policy)
             warm_up(model, buckets(settings.max_batch))
             return_freed_memory()
-        except OodgateError:
+        except Exception as error:
             self._metrics.model_loads.labels("failure").inc()
+            self._failures = self._failures | {directory: _failure(directory.name, error)}
             raise
+        self._failures = {path: why for path, why in self._failures.items() if path != directory}
         self._metrics.model_loads.labels("success").inc()
         log.info("model loaded", extra={"model": manifest.name, "version": manifest.version})
         return model
@@ -288,6 +329,20 @@ class Registry:
         self._metrics.announce(manifest, model.decider, str(backbone.device), backbone.precision)
         self._watch.begin(model)
         self._models = self._models | {manifest.name: model}
+
+
+def _number(directory: Path) -> int:
+    return int(directory.name)
+
+
+def _changed(directory: Path) -> int:
+    return (directory / MANIFEST).stat().st_mtime_ns
+
+
+def _failure(version: str, error: Exception) -> LoadFailure:
+    if isinstance(error, OodgateError):
+        return LoadFailure(version, error.code, str(error))
+    return LoadFailure(version, "internal_error", f"unexpected {type(error).__name__}; the log has more")
 
 
 def all_versions(models: Path) -> list[Path]:

@@ -154,7 +154,7 @@ class ModelCard(BaseModel):
     forward: ForwardBody
     report: dict[str, Any]
     failed_update: FailedUpdate | None = Field(
-        description="Why the last attempt to load another version failed; null where none did."
+        description="The newest version that could not be loaded when last tried, and why; null where none is."
     )
 
 

@@ -50,7 +50,7 @@ ALPHA_CONF = click.option(
     "--alpha-conf",
     type=click.FloatRange(0, 1, max_open=True),
     default=None,
-    help="Budget spent on low confidence.  [0]",
+    help="Share of in-distribution images to defer for low confidence, out of 1 - target.  [0]",
 )
 
 

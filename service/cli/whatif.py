@@ -37,7 +37,11 @@ from service.whatif import Asked, Replay, Tally, replay
 @click.option(
     "--delta", type=click.FloatRange(0, 0.5, min_open=True, max_open=True), help="Share of calibrations that break it."
 )
-@click.option("--alpha-conf", type=click.FloatRange(0, 1, max_open=True), help="Budget spent on low confidence.")
+@click.option(
+    "--alpha-conf",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of in-distribution images to defer for low confidence, out of 1 - target.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def whatif(files: tuple[Path, ...], more: tuple[Path, ...], models: Path, as_json: bool, **asked: Any) -> None:
     """Replay another policy over past traffic, from the audit log.
@@ -93,5 +97,5 @@ def _skipped(result: Replay) -> Iterator[str]:
 def _told(policy: Policy) -> str:
     guarantee = policy.guarantee
     delta = "" if guarantee.kind == "marginal" else f" with delta {guarantee.delta:g}"
-    doubt = f", {policy.alpha_conf:g} of it for low confidence" if policy.alpha_conf else ""
+    doubt = f", alpha_conf {policy.alpha_conf:g}" if policy.alpha_conf else ""
     return f"{policy.score_name}, target {policy.target_id_acceptance:g}, {guarantee.kind}{delta}{doubt}"

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client.exposition import choose_encoder
 
 from service.context import Ctx
+from service.metrics import WithoutEvidence
 
 router = APIRouter(tags=["health"])
 
@@ -39,6 +40,11 @@ async def ready(context: Ctx) -> JSONResponse:
     "/metrics", operation_id="metrics", summary="Prometheus metrics", response_class=Response, responses=_EXPOSED
 )
 async def metrics(context: Ctx, request: Request) -> Response:
-    """The text format, or OpenMetrics where the scraper asks for it."""
+    """The text format, or OpenMetrics where the scraper asks for it. No token is needed; where the server exposes
+    decisions alone, the metrics that tell scores and p-values are for the admin's."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(context.metrics.registry), media_type=content_type)
+    registry = context.metrics.registry
+    authorization = request.headers.get("authorization", "").encode("latin-1")
+    if context.settings.expose == "all" or context.tokens.is_admin(authorization):
+        return Response(encode(registry), media_type=content_type)
+    return Response(encode(WithoutEvidence(registry)), media_type=content_type)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -44,7 +45,8 @@ class Running:
         self._thread.start()
         assert self._up.wait(60)
         assert self.server.started, "the app refused to start"
-        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self.port = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx.Client(base_url=self.url, timeout=30)
 
     def stop(self) -> None:
@@ -87,3 +89,10 @@ def shared_server(toy_models: Path) -> Iterator[Running]:
 @pytest.fixture
 def client(shared_server: Running) -> httpx.Client:
     return shared_server.client
+
+
+@pytest.fixture
+def models(toy: Path, tmp_path: Path) -> Path:
+    """A folder of models that a test may change."""
+    shutil.copytree(toy, tmp_path / "models" / "toy" / "1")
+    return tmp_path / "models"

@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies and versions changed while serving: who may, what is refused, what outlives a restart."""
+"""Policies changed while serving: who may, what is refused, what outlives a restart, what is recorded."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
-import shutil
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import socket
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
 from starlette.testclient import TestClient
 
-from detector import Detector, artifact as artifacts
-from detector.artifact import MANIFEST, SCORES
+from detector import artifact as artifacts
 from service import Settings, create_app
 from service.errors import StateUnwritable
 from tests.helpers import GOOD
@@ -32,13 +28,6 @@ STRICT = {"target_id_acceptance": 0.9, "guarantee": {"kind": "simultaneous", "de
 
 def settings(models: Path, state: Path, **more: Any) -> Settings:
     return Settings(models=models, state_dir=state, admin_token_sha256=sha256("boss"), **more)
-
-
-@pytest.fixture
-def models(toy: Path, tmp_path: Path) -> Path:
-    """A folder of models that a test may change."""
-    shutil.copytree(toy, tmp_path / "models" / "toy" / "1")
-    return tmp_path / "models"
 
 
 def add_version(models: Path, number: int) -> Path:
@@ -76,6 +65,23 @@ def test_what_a_policy_leaves_out_stays_as_it_is_in_force(models: Path, tmp_path
         assert changed.status_code == 200
         policy = running.client.get("/v1/models/toy/policy").json()
         assert policy == STRICT | {"target_id_acceptance": 0.85, "alpha_conf": 0.0}
+
+
+def test_alpha_conf_is_a_share_of_the_images_taken_from_the_budget(models: Path, tmp_path: Path) -> None:
+    budget = STRICT | {"target_id_acceptance": 0.7}
+    with serving(settings(models, tmp_path / "state")) as running:
+
+        def put(alpha_conf: float) -> httpx.Response:
+            return running.client.put("/v1/models/toy/policy", json=budget | {"alpha_conf": alpha_conf}, headers=BOSS)
+
+        assert put(0.1).status_code == 200
+        decider = running.context.registry.get("toy").decider
+        assert decider.doubt_thresholds is not None
+        cut_offs = float(decider.thresholds[0].p_cutoff), float(decider.doubt_thresholds[0].p_cutoff)
+        assert 0 < cut_offs[1] <= 0.1 < cut_offs[0] <= 0.2
+        refused = put(0.3)  # the whole budget; as a part of the budget it would be little
+        assert_problem(refused, 422, "calibration_error")
+        assert "less than the budget" in refused.json()["detail"]
 
 
 def test_a_policy_outlives_a_restart_and_not_another_model(models: Path, tmp_path: Path) -> None:
@@ -147,117 +153,18 @@ def test_without_an_admin_token_nothing_can_be_changed(client: httpx.Client, met
     assert_problem(client.request(method, path, json=STRICT), 403, "admin_disabled")
 
 
-def test_a_new_version_takes_over_without_losing_or_mixing_an_answer(models: Path, tmp_path: Path) -> None:
-    with serving(settings(models, tmp_path / "state", audit=False)) as running, ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(post, running.client, GOOD if i % 2 else NOISE) for i in range(120)]
-        add_version(models, 2)
-        assert load(running.client).json()["version"] == "2"
-        asked += [pool.submit(post, running.client, GOOD if i % 2 else NOISE) for i in range(120)]
-        answers = [future.result() for future in asked]
-    assert [answer.status_code for answer in answers] == [200] * 240
-    assert [answer.json()["decision"] for answer in answers] == ["defer", "accept"] * 120
-    assert {answer.json()["model"]["version"] for answer in answers[:8] + answers[-8:]} == {"1", "2"}
-    assert {answer.json()["model"]["version"] for answer in answers[120:]} == {"2"}
-
-
-def test_a_version_that_cannot_be_served_leaves_the_old_one_and_says_why(models: Path, tmp_path: Path) -> None:
-    with serving(settings(models, tmp_path / "state")) as running:
-        broken = add_version(models, 2) / SCORES
-        broken.write_bytes(broken.read_bytes()[:-1])
-        assert_problem(load(running.client), 422, "artifact_corrupt")
-        card = running.client.get("/v1/models/toy").json()
-        assert (card["version"], card["failed_update"]["version"]) == ("1", "2")
-        assert SCORES in card["failed_update"]["detail"]
-        index = running.client.post("/v2/repository/index").json()
-        assert [(entry["version"], entry["state"]) for entry in index] == [("1", "READY"), ("2", "UNAVAILABLE")]
-        assert SCORES in index[1]["reason"]
-        assert post(running.client, GOOD).status_code == 200
-        assert running.metric("oodgate_model_loads_total", result="failure") == 1
-        assert running.metric("oodgate_model_ready", model="toy", version="1") == 1
-
-
-def test_a_start_serves_the_newest_version_that_is_whole(models: Path, tmp_path: Path) -> None:
-    add_version(models, 2)
-    for number in (3, 4):
-        broken = add_version(models, number) / SCORES
-        broken.write_bytes(broken.read_bytes()[:-1])
-    with serving(settings(models, tmp_path / "state")) as running:
-        card = running.client.get("/v1/models/toy").json()
-        assert (card["version"], card["failed_update"]["version"]) == ("2", "4")
-        assert SCORES in card["failed_update"]["detail"]
-        assert post(running.client, GOOD).status_code == 200
-
-
-def test_an_older_version_can_be_named_and_an_unknown_one_is_a_404(models: Path, tmp_path: Path) -> None:
-    add_version(models, 2)
-    with serving(settings(models, tmp_path / "state")) as running:
-        assert post(running.client, GOOD).json()["model"]["version"] == "2"
-        assert load(running.client, "1").json()["version"] == "1"
-        assert post(running.client, GOOD).json()["model"]["version"] == "1"
-        assert running.context.metrics.registry.get_sample_value(
-            "oodgate_model_ready", {"model": "toy", "version": "2"}
-        ) is None  # fmt: skip
-        assert_problem(load(running.client, "9"), 404, "model_not_found")
-        assert_problem(load(running.client, "../../etc"), 404, "model_not_found")
-
-
-def test_unloading_the_last_model_makes_the_server_not_ready_until_one_is_loaded(models: Path, tmp_path: Path) -> None:
-    with serving(settings(models, tmp_path / "state")) as running:
-        gone = running.client.post("/v2/repository/models/toy/unload", headers=BOSS)
-        assert gone.json() == {"name": "toy", "state": "UNAVAILABLE"}
-        assert running.client.get("/v2/health/ready").status_code == 503
-        assert running.client.get("/v2/health/live").status_code == 200
-        assert_problem(post(running.client, GOOD), 404, "model_not_found")
-        assert load(running.client).status_code == 200
-        assert post(running.client, GOOD).status_code == 200
-
-
-def test_polling_takes_newer_versions_and_gives_up_on_broken_ones_until_they_change(
-    models: Path, tmp_path: Path
-) -> None:
-    with serving(settings(models, tmp_path / "state", poll_seconds=0.01)) as running:
-
-        def failures() -> float:
-            return running.metric("oodgate_model_loads_total", result="failure")
-
-        directory = add_version(models, 3)
-        wait_until(lambda: post(running.client, GOOD).json()["model"]["version"] == "3")
-        broken = models / "toy" / "4"
-        shutil.copytree(directory, models / "toy" / "four")
-        manifest = json.loads((models / "toy" / "four" / MANIFEST).read_text())
-        (models / "toy" / "four" / MANIFEST).write_text(json.dumps(manifest | {"schema_version": 99}))
-        (models / "toy" / "four").rename(broken)
-        wait_until(lambda: failures() == 1)
-        for _ in range(20):
-            assert post(running.client, GOOD).json()["model"]["version"] == "3"
-        assert failures() == 1
-
-
-def test_polling_goes_on_after_an_error_that_nobody_foresaw(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded, failed = Detector.load, threading.Event()
-
-    def out_of_memory(directory: Path, **options: Any) -> Detector:
-        if directory.name == "2":
-            failed.set()
-            raise torch.cuda.OutOfMemoryError("injected")
-        return loaded(directory, **options)
-
-    with serving(settings(models, tmp_path / "state", poll_seconds=0.01)) as running:
-        monkeypatch.setattr(Detector, "load", out_of_memory)
-        add_version(models, 2)
-        assert failed.wait(20)
-        add_version(models, 3)
-        wait_until(lambda: post(running.client, GOOD).json()["model"]["version"] == "3")
-
-
-def wait_until(condition: Any) -> None:
-    """Ask a running server again until it says so; a request a turn is the wait."""
-    for _ in range(5000):
-        if condition():
-            return
-    raise AssertionError("it never came true")
+@pytest.mark.parametrize(("method", "path"), CHANGES)
+def test_a_change_is_read_within_the_limits_of_every_body(models: Path, tmp_path: Path, method: str, path: str) -> None:
+    with serving(settings(models, tmp_path / "state", max_body_bytes=1000, request_timeout_s=1)) as running:
+        long = running.client.request(method, path, content=b"{" + b" " * 1000 + b"}", headers=BOSS)
+        assert_problem(long, 413, "body_too_large")
+        head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n"
+        with socket.create_connection(("127.0.0.1", running.port)) as never_ends:
+            never_ends.sendall(f"{head}authorization: Bearer boss\r\n\r\n{{".encode())
+            assert b" 408 " in never_ends.recv(100)
+        with socket.create_connection(("127.0.0.1", running.port)) as unknown:
+            unknown.sendall(f"{head}\r\n".encode())  # and no body: the answer is there before it
+            assert b" 403 " in unknown.recv(100)
 
 
 def test_every_decision_and_change_is_one_audit_line_without_the_image(models: Path, tmp_path: Path) -> None:
@@ -290,6 +197,24 @@ def test_scores_can_be_kept_for_the_admin(models: Path, tmp_path: Path) -> None:
         infer = running.client.post("/v2/models/toy/infer", json={"inputs": [encoded]}).json()
         assert {"ood_score", "p_value"}.isdisjoint(output["name"] for output in infer["outputs"])
         assert "threshold" not in infer["parameters"]
+        assert_problem(running.client.get("/v1/models/toy/drift"), 403, "admin_only")
+        assert running.client.get("/v1/models/toy/drift", headers=BOSS).status_code == 200
+
+
+@pytest.mark.parametrize("accept", ["text/plain", "application/openmetrics-text"])
+def test_metrics_that_tell_scores_can_be_kept_for_the_admin(models: Path, tmp_path: Path, accept: str) -> None:
+    with serving(settings(models, tmp_path / "state", expose="decision")) as running:
+
+        def families(**headers: str) -> set[str]:
+            text = running.client.get("/metrics", headers={"accept": accept} | headers).text
+            return {line.split()[2].removesuffix("_total") for line in text.splitlines() if line.startswith("# TYPE")}
+
+        hidden = families(**BOSS) - families()
+        assert families() == families(authorization="Bearer unknown")
+    assert hidden == {
+        "oodgate_p_value", "oodgate_threshold", "oodgate_borderline", "oodgate_shadow_disagreements",
+        "oodgate_drift_evidence_log10",
+    }  # fmt: skip
 
 
 def test_a_state_folder_that_cannot_be_written_stops_the_start(models: Path, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_errors_are_shown_where_they_happen_with_their_own_status(document: dict
             assert document["components"]["examples"][code]["value"]["status"] == int(status)
     assert shown["verdict", "429"] == {"queue_full", "buffers_full"}
     assert shown["verdict", "422"] == {"undecodable_image"}
+    assert (shown["put_policy", "413"], shown["put_policy", "429"]) == ({"body_too_large"}, {"buffers_full"})
     assert shown["put_policy", "404"] == {"model_not_found", "artifact_not_found"}
     assert {"upstream_failed", "path_refused"} & shown["verdict", "400"] == set()
     assert {code for codes in shown.values() for code in codes} == document["components"]["examples"].keys()

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the proof of the models to the last admitted answer: what a server runs on, made and ended in order."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, closing
+
+import torch
+
+from detector.backbone import resolve_device
+from detector.errors import OodgateError
+from detector.nvjpeg import NvJpeg
+from service import logs
+from service.audit import Audit, NoAudit
+from service.context import Context, Lifecycle
+from service.engine import Engine
+from service.explainer import Explainer
+from service.metrics import Metrics
+from service.recent import Recent
+from service.registry import Registry
+from service.security import Tokens, is_loopback
+from service.served import Answer, ServedModel
+from service.settings import Settings
+from service.upstream import Upstream
+from service.watch import Watch
+
+log = logging.getLogger(__name__)
+
+LAG_EVERY_S = 0.25
+SAVE_EVERY_S = 30  # seconds of drift evidence that a crash may cost
+
+
+@asynccontextmanager
+async def running(settings: Settings, metrics: Metrics, tokens: Tokens, lifecycle: Lifecycle) -> AsyncIterator[Context]:
+    """The server's parts while it serves; its models are loaded, proven and warmed before.
+
+    Raises:
+        ArtifactNotFound, ArtifactCorrupt, GoldenMismatch: a model cannot be served; the message says why.
+        StateUnwritable: the audit log cannot be written.
+        BackboneError: the device is not there, or cannot decode JPEGs as asked.
+    """
+    started = time.monotonic()
+    torch.set_num_threads(settings.torch_threads)
+    watch = Watch(settings, metrics)
+    registry = Registry(settings, metrics, watch)
+    audit, jpegs = _proven(settings, metrics, registry)
+    recent = Recent(metrics)
+    engine = _engine(settings, metrics, recent)
+    upstream = Upstream(settings) if settings.gate_upstream else None
+    decoding = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+    with decoding as decoders, closing(Explainer()) as explainer:
+        context = Context(
+            settings,
+            metrics,
+            registry,
+            engine,
+            decoders,
+            tokens,
+            lifecycle,
+            audit,
+            watch,
+            upstream,
+            explainer,
+            recent,
+            jpegs,
+        )
+        chores = [asyncio.create_task(chore) for chore in _chores(context)]
+        if tokens.open and not is_loopback(settings.host):
+            log.warning("open to everybody who reaches it: no tokens are set", extra={"host": settings.host})
+        registry.settle()
+        # What lives as long as the server need not be looked through at every full collection, 0.2 s each.
+        gc.collect()
+        gc.freeze()
+        log.info("ready", extra={"models": registry.names, "seconds": round(time.monotonic() - started, 3)})
+        yield context
+        await _stop(context, chores)
+
+
+def _proven(settings: Settings, metrics: Metrics, registry: Registry) -> tuple[Audit | NoAudit, NvJpeg | None]:
+    """Load the models; open the log of what they will decide, and the decoder of the device where it is asked for."""
+    try:
+        audit = _audit(settings, metrics)
+        jpegs = NvJpeg(resolve_device(settings.device)) if settings.jpeg == "nvjpeg" else None
+        registry.load_all()
+    except OodgateError as error:
+        log.error("cannot serve: %s", error, extra={"code": error.code})
+        logs.told_once()
+        raise
+    return audit, jpegs
+
+
+def _audit(settings: Settings, metrics: Metrics) -> Audit | NoAudit:
+    if not settings.audit:
+        return NoAudit()
+    directory = settings.state_dir / "audit"
+    return Audit(
+        directory, max_bytes=settings.audit_max_bytes, keep=settings.audit_keep, on_loss=metrics.audit_lost.inc
+    )
+
+
+def _engine(settings: Settings, metrics: Metrics, recent: Recent) -> Engine:
+    engine = Engine(
+        max_batch=settings.max_batch,
+        capacity=settings.queue_capacity,
+        timeout_s=settings.request_timeout_s,
+        stall_s=settings.engine_stall_s,
+        window_s=settings.batch_window_s,
+        on_batch=lambda model, answers: _record(metrics, recent, model, answers),
+        on_restart=metrics.engine_restarts.inc,
+    )
+    metrics.watch(lambda: engine.depth, lambda: time.time() - engine.pulse_age_s, settings.queue_capacity)
+    return engine
+
+
+def _record(metrics: Metrics, recent: Recent, model: ServedModel, answers: Sequence[Answer]) -> None:
+    recent.count(model, answers)
+    metrics.count_verdicts(model.detector.manifest, model.decider, [answer.verdict for answer in answers])
+    metrics.batch_size.observe(len(answers))
+    metrics.stage["forward"].observe(answers[0].timing.forward)
+    metrics.stage["score"].observe(answers[0].timing.score)
+    for answer in answers:
+        metrics.stage["queue"].observe(answer.timing.queue)
+
+
+def _chores(context: Context) -> Iterator[Coroutine[None, None, None]]:
+    """What is done again and again beside the requests."""
+
+    async def measure_lag() -> None:
+        while True:
+            due = time.monotonic() + LAG_EVERY_S
+            await asyncio.sleep(LAG_EVERY_S)
+            context.metrics.loop_lag.observe(max(0.0, time.monotonic() - due))
+
+    async def look_for_versions() -> None:
+        while True:
+            await asyncio.sleep(context.settings.poll_seconds)
+            await context.registry.load_newer()
+
+    async def refresh_drift() -> None:
+        while True:
+            for _ in range(SAVE_EVERY_S):
+                await asyncio.sleep(1)
+                context.watch.refresh()
+            for write in context.watch.writes():
+                await asyncio.to_thread(write)
+
+    yield measure_lag()
+    yield refresh_drift()
+    if context.settings.poll_seconds:
+        yield look_for_versions()
+
+
+async def _stop(context: Context, chores: Sequence[asyncio.Task[None]]) -> None:
+    """Answer what was admitted, then put away what must outlive the process."""
+    log.info("stopping", extra={"admitted": context.engine.depth})
+    for chore in chores:
+        chore.cancel()
+    await context.engine.close(context.settings.shutdown_grace_s)
+    if context.upstream is not None:
+        await context.upstream.close()
+    context.registry.close()
+    context.watch.save()
+    context.audit.close()
+    gc.unfreeze()
