@@ -117,7 +117,7 @@ def test_jpegs_go_to_the_device_where_that_is_set(toy_models: Path, monkeypatch:
         asked.append(len(data))
         return torch.zeros(3, 300, 400, dtype=torch.uint8)
 
-    monkeypatch.setattr("service.app.NvJpeg", lambda device: NvJpeg(device, decode))
+    monkeypatch.setattr("service.lifespan.NvJpeg", lambda device: NvJpeg(device, decode))
     large, small = encoded(photo(400, 300), "JPEG"), encoded(photo(32, 32), "JPEG")
     with serving(Settings(models=toy_models, jpeg="nvjpeg")) as running:
         for body in (large, small):
