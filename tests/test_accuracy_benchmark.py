@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch import nn
 from torchvision.models import resnet18
 
 from benchmarks import datasets
-from benchmarks.accuracy import compare, networks, rivals, sets
+from benchmarks.accuracy import compare, networks, odin, rivals, sets, subjects, verify
 from benchmarks.imagenet import __main__ as imagenet, protocol
+from detector.artifact import WEIGHTS, file_digest
 from detector.backbone import Backbone
 from detector.data import ArrayDataset, Dataset, Subset, batches, open_dataset
 from detector.errors import DataError
@@ -28,7 +30,7 @@ from detector.evaluation import auroc
 from detector.features import collect
 from detector.images import Preprocessing
 from detector.networks import CIFAR_PREPROCESSING, IMAGENET_PREPROCESSING
-from tests.helpers import TOY_CLASSES, photo, toy_images
+from tests.helpers import TOY_CLASSES, photo, toy_images, toy_network
 
 IMAGES = {"resnet20": 200, "resnet56": 200, "densenet_cifar10": 100, "densenet_cifar100": 100, "mobilenet_v2": 50}
 SEPARATING = ("mds", "knn", "vim", "nnguide", "gmm", "energy", "msp")  # these must flag features that fit no class
@@ -138,6 +140,71 @@ def test_larger_means_more_ood_in_every_rival(parameters: dict[str, dict[str, ob
         assert np.isfinite(values["ood"]).all()
         if name in SEPARATING:
             assert auroc(values["known"], values["ood"]) > 0.95, name
+
+
+@pytest.mark.parametrize("per_pixel", [True, False], ids=["aligned", "defaults"])
+def test_odin_is_given_the_networks_own_input_and_its_published_defaults(per_pixel: bool) -> None:
+    pytest.importorskip("pytorch_ood")
+    backbone = Backbone(toy_network().module, CIFAR_PREPROCESSING)
+    images = toy_images(70, seed=3)[0]  # more than a batch
+    std = torch.tensor(CIFAR_PREPROCESSING.std).view(3, 1, 1) if per_pixel else torch.ones(3, 1, 1)
+    x = backbone.normalised(torch.from_numpy(images)).requires_grad_()
+    logits = backbone.module(x) / 1000
+    (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(logits, logits.argmax(dim=1)), x)
+    with torch.no_grad():
+        stepped = backbone.module(x - 0.0014 * gradient.sign() / std) / 1000
+    parameters = rivals.ODIN | ({"norm_std": list(CIFAR_PREPROCESSING.std)} if per_pixel else {})
+    found = rivals.odin_scores(backbone, {"toy": ArrayDataset(images, None, CIFAR_PREPROCESSING)}, parameters)
+    assert np.allclose(found["toy"], -stepped.softmax(dim=1).amax(dim=1).numpy(), rtol=1e-6)
+    assert len(np.unique(found["toy"])) > 60
+
+
+@pytest.mark.data
+def test_odin_stands_beside_msp_on_the_same_images() -> None:
+    pytest.importorskip("pytorch_ood")
+    subject = subjects.subject("resnet20", limit=40, train=100)
+    result = odin.measure(subject.backbone, subject.sets)
+    assert set(result["images"].values()) == {40}
+    for group in ("near", "far"):
+        msp, rows = (result["scores"][score][group] for score in ("msp", "odin"))
+        assert set(msp) == {"ours"}
+        assert all(0.6 < rows[side] < 1 for side in ("aligned", "defaults"))
+
+
+def test_every_result_names_the_weights_it_was_measured_on() -> None:
+    embedded = file_digest(subjects.EMBEDDED / WEIGHTS)
+    for path in verify.RESULTS.glob("*.json"):
+        result = json.loads(path.read_text())
+        weights, network = result["weights"], result["network"]
+        assert re.fullmatch("[0-9a-f]{64}", weights["sha256"]), path
+        if network == "embedded":
+            assert weights["sha256"] == embedded, f"{path.name} is of another embedded network: measure it again"
+        else:
+            assert weights["file"] == networks.NETWORKS[network].file
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_the_weights_at_hand_are_those_of_the_results(name: str) -> None:
+    results = [json.loads(path.read_text()) for path in verify.RESULTS.glob("*.json")]
+    digests = {result["weights"]["sha256"] for result in results if result["network"] == name}
+    assert digests == {subjects.weights(name)["sha256"]}
+
+
+def test_a_result_of_other_weights_is_found_and_gets_no_digest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(verify, "RESULTS", tmp_path)
+    monkeypatch.setattr(verify, "_measured", lambda *_: {"accuracy": 0.9, "svhn-test": 0.93})
+    monkeypatch.setattr(subjects, "weights", lambda name: {"file": f"{name}.th", "sha256": "0" * 64})
+    path = tmp_path / "resnet20.json"
+    stored = {"network": "resnet20", "torch": "2.0", "accuracy": 0.9, "images": {"train": 5, "tune": 5, "test": 5}}
+    for auc, same in ((0.91, False), (0.93001, True)):
+        scores = {"msp": {"ood": {"svhn-test": {"auroc": auc}}}}
+        path.write_text(json.dumps(stored | {"ood_images": {"svhn-test": 5}, "scores": scores}))
+        assert verify._verified("resnet20") is same
+        assert ("weights" in json.loads(path.read_text())) is same
+    named = json.loads(path.read_text())
+    assert named["weights"] == {"file": "resnet20.th", "sha256": "0" * 64, "known_by": "accuracy and msp"}
+    assert named["versions"] == {"torch": "2.0"}
 
 
 @pytest.mark.data

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import networks
+from benchmarks.accuracy import networks, subjects
 from benchmarks.accuracy.features import LAYERS, SHARES, Features, features
 from benchmarks.accuracy.fitting import fitted, group_means
 from detector.backbone import Backbone
@@ -27,6 +27,7 @@ from detector.scores.grood import Whitened
 from detector.scores.nearest import NEIGHBOURS, exact_distances, unit_rows
 
 RESULTS = Path("benchmarks/accuracy/results")
+FORMS = ("grood", "grood_margin", "grood_w", "grood_margin_w")
 BANKS = (100, 300, 1_000, 3_000, 10_000, 20_000)
 Row = dict[str, float]
 
@@ -36,7 +37,9 @@ def main() -> None:
     parser.add_argument("--network", choices=("resnet20", "resnet56"), required=True)
     name = parser.parse_args().network
     table = ablate(features(name), networks.load(name))
-    (RESULTS / f"ablations-{name}.json").write_text(json.dumps({"network": name, "rows": table}, indent=1) + "\n")
+    (RESULTS / f"ablations-{name}.json").write_text(
+        json.dumps(subjects.provenance(name) | {"rows": table}, indent=1) + "\n"
+    )
     for row, means in table.items():
         print(f"{row:60} {means['near']:.2%} {means['far']:.2%}")
 
@@ -55,9 +58,11 @@ def ablate(known: Features, backbone: Backbone) -> dict[str, Row]:
         "knn": "plain: KNN (`knn`)",
     }
     table = {names[name]: row for name, row in _means(known, backbone, forms).items()}
+    table["whitened: norm"] = _whitened_norm(known, backbone)
     table |= _without_ood_prototype(known, backbone)
-    for name, row in _means(known, backbone, ("grood", "grood_margin", "grood_w", "grood_margin_w"), "mean").items():
-        table[f"`{name}`, q = mean of the class prototypes"] = row
+    for generator, text in {"prototype_mean": "mean of the class prototypes", "noise": "mean of blurred noise"}.items():
+        for name, row in _means(known, backbone, FORMS, generator).items():
+            table[f"`{name}`, q = {text}"] = row
     for layer in LAYERS:
         for share in SHARES:
             scores = fitted(("grood", "grood_w", "grood_margin_w"), known, backbone, layer=layer, share=share)
@@ -70,14 +75,29 @@ def ablate(known: Features, backbone: Backbone) -> dict[str, Row]:
     return table
 
 
-def _means(known: Features, backbone: Backbone, names: tuple[str, ...], q: str = "mixup") -> dict[str, Row]:
-    generator = "prototype_mean" if q == "mean" else q
+def _means(known: Features, backbone: Backbone, names: tuple[str, ...], generator: str = "mixup") -> dict[str, Row]:
     scores = fitted(names, known, backbone, generator=generator)
     return {name: _rates(row) for name, row in group_means(scores, known).items()}
 
 
 def _rates(row: Mapping[str, float]) -> Row:
     return {group: row[group] for group in ("near", "far")}
+
+
+def _whitened_norm(known: Features, backbone: Backbone) -> Row:
+    """`grood_norm` where `grood_w` measures: its whitening, temperature and OOD prototype."""
+    score = fitted(("grood_w",), known, backbone)["grood_w"]
+    assert isinstance(score, Whitened)
+    transform, q = score.whitening.double(), score.ood_prototype.double()
+    prototypes = torch.vstack([score.prototypes.double(), q])
+
+    def log_norm(h: Tensor) -> Tensor:
+        whitened = h.double() @ transform
+        distances = exact_distances(whitened, prototypes)
+        log_pi = torch.log_softmax(-distances, dim=1)[:, -1]
+        return log_pi + ((whitened - q).abs().sum(dim=1) / distances[:, -1]).log()
+
+    return _measured(log_norm, known)
 
 
 def _without_ood_prototype(known: Features, backbone: Backbone) -> dict[str, Row]:

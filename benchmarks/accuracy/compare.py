@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our scores against those of pytorch-ood on the same features of a published network.
+"""Our scores against those of pytorch-ood on the same features of one network.
 
 python -m benchmarks.accuracy.compare --network resnet20
 
@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.accuracy import subjects
 from benchmarks.accuracy.conventions import our_scores_their_way
-from benchmarks.accuracy.networks import NETWORKS, load
 from benchmarks.accuracy.rivals import ALIGNED, DEFAULTS, Values, installed, rival_scores
-from benchmarks.accuracy.sets import Sets, load_sets
+from benchmarks.accuracy.sets import Sets
 from detector.backbone import Backbone
 from detector.evaluation import auroc
 from detector.features import Collected, collect
@@ -125,21 +125,18 @@ def _summary(name: str, sides: Mapping[str, Rows], groups: Mapping[str, tuple[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=sorted(NETWORKS), required=True)
+    parser.add_argument("--network", choices=subjects.NAMES, required=True)
     # As many as the bank of a fit holds: both sides then look for neighbours among the same images.
     parser.add_argument("--train", type=int, default=10_000, help="training images, balanced over the classes")
     parser.add_argument("--limit", type=int, help="images of each other set; all where not given")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     installed()  # or say so now, not after the forward passes
-    published = NETWORKS[args.network]
-    backbone = load(args.network, device=args.device)
-    sets = load_sets(published.known, backbone.preprocessing, train=args.train, limit=args.limit)
-    barred = NEED_MANY if published.known == "imagenet" else set()
+    subject = subjects.subject(args.network, args.limit, args.train)
+    barred = NEED_MANY if subject.known == "imagenet" else set()
     names, theirs_only = (tuple(name for name in some if name not in barred) for some in (OURS, THEIRS_ONLY))
-    result = {"network": args.network, "published_accuracy": published.accuracy}
-    result |= compare(backbone, sets, names, theirs_only)
+    result = subjects.provenance(args.network, "pytorch-ood")
+    result |= compare(subject.backbone, subject.sets, names, theirs_only)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"rivals-{args.network}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))

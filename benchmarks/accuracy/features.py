@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.accuracy import networks
 from benchmarks.accuracy.sets import balanced, load_sets
+from detector.artifact import file_digest
 from detector.backbone import Backbone
 from detector.data import Dataset, Subset
 from detector.features import collect, stream
@@ -61,7 +62,7 @@ class Features:
 
 def features(name: str) -> Features:
     """The features of a published network, computed where they are not kept."""
-    path = CACHE / f"{name}.safetensors"
+    path = CACHE / f"{name}-{file_digest(networks.weights_file(name))[:12]}.safetensors"
     if not path.exists():
         _compute(name, path)
     with safe_open(path, framework="pt") as file:

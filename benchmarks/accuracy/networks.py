@@ -178,15 +178,19 @@ class Published:
     accuracy: float
 
 
-def load(name: str, *, device: str = "cpu") -> Backbone:
+def load(name: str) -> Backbone:
     """One of NETWORKS as a backbone; FileNotFoundError where its file is absent."""
     published = NETWORKS[name]
-    module = published.build(data_dir() / "weights" / published.file)
-    return Backbone(module, published.preprocessing, early=published.early, device=device)
+    module = published.build(weights_file(name))
+    return Backbone(module, published.preprocessing, early=published.early)
 
 
 def available(name: str) -> bool:
-    return (data_dir() / "weights" / NETWORKS[name].file).exists()
+    return weights_file(name).exists()
+
+
+def weights_file(name: str) -> Path:
+    return data_dir() / "weights" / NETWORKS[name].file
 
 
 def _resnet(blocks: int) -> Callable[[Path], nn.Module]:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detectors of pytorch-ood on features that are already there: the same inputs, someone else's code.
+"""The detectors of pytorch-ood on the same inputs as our scores: someone else's code.
 
 pip install 'oodgate[rivals]'
 
-Detectors that run the network themselves (ODIN, GradNorm, NAC) are left out: they have no form on features. Each runs
-with two settings, ALIGNED and the library's own DEFAULTS, so that a difference to our scores can be told apart: one
+They take features that are already there, but for ODIN, which takes images and runs the network itself. GradNorm and
+NAC run it too and are left out, for we have our own; AdaSCALE and WeiPer are not in the library (0.4.0). Each runs with
+two settings, ALIGNED and the library's own DEFAULTS, so that a difference to our scores can be told apart: one
 that is there only with the defaults is a choice of parameters, one that is there with both is another definition.
 
 Definitions that differ whatever the parameters, ours second:
@@ -15,6 +16,10 @@ mds     inverse in float32 of the scatter with 1e-6 on its diagonal / eigenvalue
 rmds    as mds, twice; features with many nearly constant entries then differ by points, see mds.
 react   the interpolated percentile / the nearest value. No difference that a rank would show.
 knn     all training features / a class-balanced bank of 10,000, the `bank_size` of a fit.
+
+ODIN has its published defaults, temperature 1000 and step 0.0014, tuned to no network here. Aligned, the step is one of
+pixels scaled to 0-1, as in its authors' code and OpenOOD: each channel's is divided by its std. The library's is
+0.0014 of the normalised input, a fifth to a fourth of that.
 """
 
 from __future__ import annotations
@@ -28,8 +33,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from detector.backbone import Backbone
+from detector.data import Dataset, batches
+
 Values = NDArray[np.float64]
 
+BATCH = 64  # images of which ODIN keeps the activations
 CELLS = 2**25  # DICE holds images x classes x features at a time
 FORMS = {"LogitsDetector": "logits", "FeaturesDetector": "features", "FeatureMapsDetector": "feature_maps"}
 
@@ -45,6 +54,7 @@ ALIGNED: dict[str, dict[str, Any]] = {
 }
 # DICE and ViM have no default there. ViM's size is set by the rule of its paper's code in both settings.
 DEFAULTS: dict[str, dict[str, Any]] = {"dice": {"p": 0.9}}
+ODIN = {"temperature": 1000.0, "eps": 0.0014}
 
 
 class RivalsMissing(ImportError):
@@ -99,6 +109,30 @@ def rival_scores(
         if rival.requires_fit:
             getattr(rival, f"fit_{form}")(view(train), labels)
         result[name] = {key: _predict(rival, form, view, features, chunk) for key, features in sets.items()}
+    return result
+
+
+def odin_scores(
+    backbone: Backbone, sets: Mapping[str, Dataset], parameters: Mapping[str, Any] = ODIN
+) -> dict[str, Values]:
+    """ODIN on images, two forward passes and a backward pass each, in float32 whatever the backbone's precision.
+
+    Args:
+        backbone: the network.
+        sets: its images by name.
+        parameters: of the library's ODIN: `temperature`, `eps`, `norm_std`.
+
+    Returns:
+        float64 [M] by set, larger = more OOD.
+
+    Raises:
+        RivalsMissing: the library is not installed.
+    """
+    odin = installed().ODIN(backbone.module, **parameters)
+    result: dict[str, Values] = {}
+    for name, dataset in sets.items():
+        parts = [odin.predict(backbone.normalised(torch.from_numpy(batch.images))) for batch in batches(dataset, BATCH)]
+        result[name] = np.asarray(torch.cat(parts).double().cpu().numpy())
     return result
 
 

@@ -18,18 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from benchmarks.accuracy import networks
-from benchmarks.accuracy.features import TRAIN_IMAGES
-from benchmarks.accuracy.sets import Sets, balanced, load_sets, spread
-from benchmarks.cifar10.splits import split
-from benchmarks.datasets import CIFAR10_CLASSES, FAR_OOD, NEAR_OOD, load
-from detector import Detector
-from detector.artifact import read_manifest
+from benchmarks.accuracy import subjects
+from benchmarks.accuracy.sets import Sets
 from detector.backbone import Backbone
-from detector.data import ArrayDataset, Dataset, Subset
+from detector.data import Subset
 from detector.errors import ScoreError
 from detector.features import Collected, collect, fit_scores, tune_scores
 from detector.fitting import FORWARD_SCORES
@@ -37,7 +31,6 @@ from detector.metrics import bootstrap_auroc, measures, paired_bootstrap
 from detector.scores import FitOptions, Score, registry
 
 RESULTS = Path("benchmarks/accuracy/results")
-EMBEDDED = Path("models/cifar10/1")
 OURS = ("grood_margin_w", "fusion")
 RIVALS = ("knn", "rmds", "vim", "fdbd", "nac", "gen", "rg", "msp", "energy", "nci", "grood")
 ONE_PASS = ("gaia_a", "gaia_z", "nac")
@@ -48,7 +41,7 @@ Values = dict[str, dict[str, NDArray[np.float64]]]  # score -> set -> [N]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Every score on one network.")
-    parser.add_argument("--network", choices=("embedded", *networks.NETWORKS), required=True)
+    parser.add_argument("--network", choices=subjects.NAMES, required=True)
     parser.add_argument("--scores", nargs="*", default=FORWARD_SCORES, help="names of the registry")
     parser.add_argument("--backward", action="store_true", help="also those of one backward pass an image; use --limit")
     parser.add_argument("--limit", type=int, help="images of each set, for a trial or for scores of many passes")
@@ -56,17 +49,17 @@ def main() -> None:
     parser.add_argument("--lowdim-parameters", nargs="*", default=(), help="prefixes; default: all parameters")
     parser.add_argument("--out", help="name of the result; default: the network's")
     args = parser.parse_args()
-    backbone, sets, known = _network(args.network, args.limit, args.train or args.limit)
+    subject = subjects.subject(args.network, args.limit, args.train or args.limit)
+    backbone, sets = subject.backbone, subject.sets
     names = (*args.scores, *(ONE_PASS if args.backward else ()))
     started = time.monotonic()
     options = FitOptions(num_classes=backbone.num_classes, lowdim_parameters=tuple(args.lowdim_parameters))
     scores, refused = _fitted(names, backbone, sets, options)
-    result = {
-        "network": args.network,
-        "known": known,
+    result = subjects.provenance(args.network) | {
+        "known": subject.known,
+        "precision": backbone.precision,
         "features": backbone.weight.shape[1],
         "images": {part: len(getattr(sets, part)) for part in ("train", "tune", "test")},
-        "torch": torch.__version__,
         "lowdim_parameters": list(options.lowdim_parameters),
         "refused": refused,
     }
@@ -153,35 +146,6 @@ def _differences(values: Values, groups: Mapping[str, Sequence[str]]) -> dict[st
                 ]
                 row[group] = list(paired_bootstrap(sides[0][1], sides[0][0], sides[1][1], sides[1][0], n=REPLICATES))
     return table
-
-
-def _network(name: str, limit: int | None, train: int | None) -> tuple[Backbone, Sets, str]:
-    if name == "embedded":
-        return _embedded(limit, train)
-    backbone = networks.load(name)
-    known = networks.NETWORKS[name].known
-    return backbone, load_sets(known, backbone.preprocessing, train=train or TRAIN_IMAGES, limit=limit), known
-
-
-def _embedded(limit: int | None, train: int | None) -> tuple[Backbone, Sets, str]:
-    """The network of the default model, on the images that it was never trained on."""
-    backbone = Detector.load(EMBEDDED).backbone
-    preprocessing = read_manifest(EMBEDDED).preprocessing
-
-    def dataset(images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> Dataset:
-        return spread(ArrayDataset(images, labels, preprocessing, classes=CIFAR10_CLASSES), limit)
-
-    parts = split()
-    fit = ArrayDataset(*parts["fit"], preprocessing, classes=CIFAR10_CLASSES)
-    sets = Sets(
-        fit if train is None else Subset(fit, balanced(fit.labels, train)),
-        dataset(*parts["tune"]),
-        dataset(*parts["calibration"]),
-        dataset(*load("cifar10-test")),
-        {name: dataset(load(name)[0], None) for name in NEAR_OOD},
-        {name: dataset(load(name)[0], None) for name in FAR_OOD},
-    )
-    return backbone, sets, "cifar10"
 
 
 if __name__ == "__main__":

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.marks import frozen, label
+from benchmarks.accuracy.rivals_table import rivals_section
+from benchmarks.accuracy.subjects import named
 from benchmarks.readme import replaced
 from detector.artifact import read_manifest
 from detector.tables import shifted_table, table
 
 HERE = Path(__file__).parent
-RESULTS, PUBLISHED, FROZEN = HERE / "results", HERE / "published.toml", HERE / "frozen.toml"
+RESULTS, PUBLISHED = HERE / "results", HERE / "published.toml"
 MODEL = Path("models/cifar10/1")
 DOCUMENT, METHODS = Path("docs/results.md"), Path("docs/methods.md")
 CONFIRMATION = ("embedded", "densenet_cifar10", "densenet_cifar100")
@@ -50,6 +53,10 @@ class's rows, which changes it, and `fusion` with it, on CIFAR-100 alone. Their 
 networks below have the frozen bank of 10,000 images; the default model has {bank:,}, for its cost, and stands apart.
 Published figures are orientation: those of OpenOOD v1.5 and of the papers (`benchmarks/accuracy/published.toml` names
 the table of each), from other networks (CIFAR-10: a ResNet-18 of 95.06 %), complete test sets, means of three seeds.
+
+Each network is named by the file of its weights and the first digits of its SHA-256; the whole digest and the versions
+stand in `benchmarks/accuracy/results`. `python -m benchmarks.accuracy.verify` measures a cheap score of each result
+again; results from before they held a digest were given it where that gave the same figures, which is said of each.
 """
 
 
@@ -64,8 +71,8 @@ def trust() -> str:
     for name in _present((*DEVELOPMENT, *CONFIRMATION)):
         scores = _read(f"{name}.json")["scores"]
         role = "development" if name in DEVELOPMENT else "confirmation"
-        cells = [f"{TITLES[name]} ({role})", _means(scores["fusion"]), _best_single(scores)]
-        lines.append(f"| {' | '.join([*cells, _means(scores['grood_margin_w']), _means(scores['grood'])])} |")
+        ours = [label(score, name, _means(scores[score])) for score in ("fusion", "grood_margin_w", "grood")]
+        lines.append(f"| {TITLES[name]} ({role}) | {ours[0]} | {_best_single(scores, name)} | {' | '.join(ours[1:])} |")
     return "\n".join(lines)
 
 
@@ -73,18 +80,18 @@ def _means(row: Mapping[str, Any]) -> str:
     return " / ".join(f"{100 * row[group]['auroc']:.1f}" for group in ("near", "far"))
 
 
-def _best_single(scores: Mapping[str, Any]) -> str:
+def _best_single(scores: Mapping[str, Any], network: str) -> str:
     cells = []
     for group in ("near", "far"):
         found = {name: float(row[group]["auroc"]) for name, row in scores.items() if name != "fusion"}
         best = max(found, key=found.__getitem__)
-        cells.append(f"{100 * found[best]:.1f} `{best}`")
+        cells.append(f"{100 * found[best]:.1f} {label(best, network)}")
     return " / ".join(cells)
 
 
 def document() -> str:
     """The whole of docs/results.md."""
-    bank = tomllib.loads(FROZEN.read_text())["changed"]["default_model"]["bank_size"]
+    bank = frozen()["changed"]["default_model"]["bank_size"]
     parts = [HEAD.format(bank=bank), *_default_model(bank)]
     parts += ["## Confirmation networks\n", *map(_network, _present(CONFIRMATION))]
     parts += ["## Development networks\n", *map(_network, _present(DEVELOPMENT))]
@@ -92,7 +99,7 @@ def document() -> str:
     parts += ["## Scores that run a backward pass, on samples\n", *map(_network, _present(SAMPLED))]
     parts += ["## The product family\n", *map(_network, _present(PRODUCTS))]
     parts += ["## Our forms against the rivals\n", _differences()]
-    parts += ["## Our rivals against `pytorch-ood`\n", _rivals()]
+    parts += ["## Our rivals against `pytorch-ood`\n", rivals_section(RESULTS, _published())]
     parts += ["## GROOD taken apart\n", _ablations()]
     return "\n".join(part.rstrip() + "\n" for part in parts)
 
@@ -114,33 +121,31 @@ def _default_model(bank: int) -> list[str]:
 
 def _network(name: str) -> str:
     result = _read(f"{name}.json")
-    published = tomllib.loads(PUBLISHED.read_text()).get(result["known"], {})
+    published = _published().get(result["known"], {})
     images = result["images"]
     lines = [
         f"### {TITLES[name.partition('-')[0]]}",
         "",
         f"Accuracy {result['accuracy']:.2%} on {images['test']:,} test images; fitted on {images['train']:,}, tuned on "
-        f"{images['tune']:,} images; {sum(result['ood_images'].values()):,} OOD images; {result['features']} features.",
+        f"{images['tune']:,} images; {sum(result['ood_images'].values()):,} OOD images; {result['features']} features. "
+        f"{named(result)}.",
         "",
         "| score | near AUROC (95 % interval) | far AUROC (95 % interval) | OOD missed at ID 95 %, near / far "
         "| ID flagged at OOD 95 %, near / far | published near / far | its tuning saw OOD |",
         "|---|---|---|---|---|---|---|",
     ]
-    changes = tomllib.loads(FROZEN.read_text())["changed"]
-    changed = [*changes["scores"], *changes["on"].get(name, [])]
     for score, row in sorted(result["scores"].items(), key=lambda item: -_sum_of_means(item[1])):
-        label = f"`{score}` (tuned on test)" if score in changed else f"`{score}`"
-        lines.append(_score_row(label, row, published.get(score, {})))
+        lines.append(_score_row(label(score, result["network"]), row, published.get(score, {})))
     lines += [f"\n`{score}` refused this network: {reason}." for score, reason in result["refused"].items()]
     return "\n".join(lines) + "\n"
 
 
-def _score_row(label: str, row: Mapping[str, Any], published: Mapping[str, Any]) -> str:
+def _score_row(name: str, row: Mapping[str, Any], published: Mapping[str, Any]) -> str:
     def mean(key: str) -> str:
         return " / ".join(f"{row[group][key]:.1%}" if row[group] else "-" for group in ("near", "far"))
 
     theirs = " / ".join(f"{published[group]:.2f}" if group in published else "-" for group in ("near", "far"))
-    cells = [label, _with_interval(row, "near"), _with_interval(row, "far")]
+    cells = [name, _with_interval(row, "near"), _with_interval(row, "far")]
     cells += [mean("ood_miss_rate_at_id95"), mean("id_flag_rate_at_ood95")]
     cells += [theirs if published else "", published.get("tuned_on_ood", "")]
     return "| " + " | ".join(cells) + " |"
@@ -170,7 +175,7 @@ def _differences() -> str:
         for ours, rivals in _read(f"{name}.json")["differences"].items():
             for rival, row in (rivals | {"nac": sampled.get(ours, {}).get("nac", {})}).items():
                 cells = [_interval(row[group]) if group in row else "-" for group in ("near", "far")]
-                lines.append(f"| {TITLES[name]} | `{ours}` | `{rival}` | {' | '.join(cells)} |")
+                lines.append(f"| {' | '.join([TITLES[name], label(ours, name), label(rival, name), *cells])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -180,46 +185,25 @@ def _interval(values: list[float]) -> str:
     return f"**{text}**" if low > 0 else text
 
 
-def _rivals() -> str:
-    lines = [
-        "AUROC in per cent on the same features. `aligned`: the library with our parameters; `defaults`: with its own.",
-        "`their way`: our `gen` with p clipped to [1e-7, 1 - 1e-7] and our `mds` with a ridge of 1e-6 in place of the",
-        "cut of small eigenvalues; these two conventions of the library are all that sets its figures and ours apart.",
-        "",
-        "| network | score | group | ours | their way | aligned | defaults | ours - aligned |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for path in sorted(RESULTS.glob("rivals-*.json")):
-        result = json.loads(path.read_text())
-        for score, row in result["scores"].items():
-            for group in (group for group in ("near", "far") if group in row):
-                cell = row[group]
-                ours = f"{100 * cell['ours']:.2f}" if "ours" in cell else ""
-                gap = f"{100 * cell['ours_minus_aligned']:+.2f}" if "ours_minus_aligned" in cell else ""
-                theirs = f"{100 * cell['aligned']:.2f} | {100 * cell['defaults']:.2f}"
-                way = f"{100 * cell['ours_their_way']:.2f}" if "ours_their_way" in cell else ""
-                lines.append(f"| {result['network']} | {score} | {group} | {ours} | {way} | {theirs} | {gap} |")
-    return "\n".join(lines) + "\n"
-
-
 def _ablations() -> str:
-    tables = {path.stem.removeprefix("ablations-"): json.loads(path.read_text())["rows"] for path in _ablation_files()}
-    head = " | ".join(f"{name} near | {name} far" for name in tables)
+    results = [_read(path.name) for path in sorted(RESULTS.glob("ablations-*.json"))]
+    head = " | ".join(f"{result['network']} near | {result['network']} far" for result in results)
     lines = [
         "Near and far mean AUROC in per cent on the development networks, one part away at a time. These rows",
         "describe; they did not select.",
         "",
         f"| variant | {head} |",
-        "|---|" + "---:|---:|" * len(tables),
+        "|---|" + "---:|---:|" * len(results),
     ]
-    for variant in next(iter(tables.values()), {}):
-        cells = " | ".join(f"{100 * rows[variant][group]:.2f}" for rows in tables.values() for group in ("near", "far"))
-        lines.append(f"| {variant} | {cells} |")
-    return "\n".join(lines) + "\n"
+    for variant in results[0]["rows"]:
+        cells = [f"{100 * result['rows'][variant][group]:.2f}" for result in results for group in ("near", "far")]
+        name = variant.replace("`rmds`", label("rmds", "resnet20"))
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join([*lines, "", *(f"- {result['network']}: {named(result)}." for result in results)]) + "\n"
 
 
-def _ablation_files() -> Iterator[Path]:
-    return iter(sorted(RESULTS.glob("ablations-*.json")))
+def _published() -> dict[str, Any]:
+    return tomllib.loads(PUBLISHED.read_text())
 
 
 def _present(names: tuple[str, ...]) -> list[str]:

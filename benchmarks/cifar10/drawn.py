@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 SIDE = 128
 _SCALE = 4  # drawn larger, so that edges are smooth
@@ -47,15 +47,6 @@ def smiley() -> Image.Image:
         _ellipse(draw, (left, 40, left + 12, 60), _DARK)
     box = tuple(_SCALE * value for value in (34, 40, 94, 98))
     draw.arc(box, 20, 160, _DARK, 6 * _SCALE)
-    return _small(image)
-
-
-def text() -> Image.Image:
-    """Two words in black on white, RGB [128, 128]."""
-    image, draw = _canvas(_WHITE)
-    font = ImageFont.load_default(40 * _SCALE)
-    for line, middle in (("not a", 42), ("photo", 86)):
-        draw.text((SIDE * _SCALE / 2, middle * _SCALE), line, _DARK, font, anchor="mm")
     return _small(image)
 
 

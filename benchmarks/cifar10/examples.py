@@ -89,7 +89,6 @@ def main() -> None:
         ("drawn-ship", "a drawn ship", np.asarray(drawn.ship())),
         ("drawn-airplane", "a drawn airplane", np.asarray(drawn.airplane())),
         ("smiley", "a smiley", np.asarray(drawn.smiley())),
-        ("text", "text", np.asarray(drawn.text())),
     )
     SAMPLES.mkdir(exist_ok=True)
     for name, _, pixels in samples:

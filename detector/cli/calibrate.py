@@ -5,26 +5,14 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 import numpy as np
 
 from detector import artifact as artifacts, calibrating
 from detector.card import card
-from detector.cli.options import (
-    ALPHA_CONF,
-    DATA,
-    DELTA,
-    DEVICE,
-    EXISTING,
-    FILE,
-    GUARANTEE,
-    TARGET,
-    asked_policy,
-    on_device,
-    progress,
-)
+from detector.cli.options import DATA, DEVICE, EXISTING, FILE, AskedPolicy, on_device, policy_options, progress
 from detector.data import Dataset, Subset, open_dataset
 
 
@@ -39,10 +27,7 @@ from detector.data import Dataset, Subset, open_dataset
     default=0.0,
     help="Share of the images (or groups) kept to check the promise.",
 )
-@TARGET
-@GUARANTEE
-@DELTA
-@ALPHA_CONF
+@policy_options
 @DEVICE
 def calibrate(
     model: Path,
@@ -50,10 +35,7 @@ def calibrate(
     out: Path | None,
     groups: Path | None,
     check_share: float,
-    target: float | None,
-    guarantee: Literal["pac", "marginal", "simultaneous"] | None,
-    delta: float | None,
-    alpha_conf: float | None,
+    asked: AskedPolicy,
     device: str,
 ) -> None:
     """Move the promise of MODEL to your own images: a new version beside it."""
@@ -69,7 +51,7 @@ def calibrate(
             groups=None if names is None else [names[index] for index in used],
             check=Subset(dataset, checked) if len(checked) else None,
             check_groups=None if names is None else [names[index] for index in checked],
-            policy=asked_policy(manifest.policy, target, guarantee, delta, alpha_conf),
+            policy=asked.over(manifest.policy),
             device=on_device(device),
             source=str(images),
             report=report,

@@ -14,19 +14,7 @@ from torch import Tensor
 from detector import fitting
 from detector.backbone import Precision
 from detector.card import card
-from detector.cli.options import (
-    ALPHA_CONF,
-    DATA,
-    DELTA,
-    DEVICE,
-    EXISTING,
-    FILE,
-    GUARANTEE,
-    TARGET,
-    asked_policy,
-    on_device,
-    progress,
-)
+from detector.cli.options import DATA, DEVICE, EXISTING, FILE, AskedPolicy, on_device, policy_options, progress
 from detector.data import Dataset, batches, open_dataset
 from detector.features import Gather, gather
 from detector.images import Preprocessing
@@ -91,10 +79,7 @@ def _bank_size(_: click.Context, __: click.Parameter, text: str) -> int | None:
     show_default=True,
     help="Where the training images are passed over; ray: the cluster that RAY_ADDRESS names, else this machine.",
 )
-@TARGET
-@GUARANTEE
-@DELTA
-@ALPHA_CONF
+@policy_options
 @DEVICE
 def fit(
     train: Path | str,
@@ -117,10 +102,7 @@ def fit(
     precisions: tuple[Precision, ...],
     half_weights: bool,
     engine: Literal["local", "ray"],
-    target: float | None,
-    guarantee: Literal["pac", "marginal", "simultaneous"] | None,
-    delta: float | None,
-    alpha_conf: float | None,
+    asked: AskedPolicy,
     device: str,
     **preprocessing: Any,
 ) -> None:
@@ -162,13 +144,7 @@ def fit(
                 index=index,
             ),
             scores=_scores(also, tuned=tune is not None),
-            policy=asked_policy(
-                Policy(score_name=score_name or fitting.default_decider(tuned=tune is not None)),
-                target,
-                guarantee,
-                delta,
-                alpha_conf,
-            ),
+            policy=asked.over(Policy(score_name=score_name or fitting.default_decider(tuned=tune is not None))),
             per_class=per_class,
             precisions=precisions,
             half_weights=half_weights,

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,21 +56,45 @@ ALPHA_CONF = click.option(
 )
 
 
-def asked_policy(
-    base: Policy,
-    target: float | None,
-    kind: Literal["pac", "marginal", "simultaneous"] | None,
-    delta: float | None,
-    alpha_conf: float | None,
-) -> Policy:
-    """The base, but for what was asked for."""
-    guarantee = Guarantee(kind=kind or base.guarantee.kind, delta=base.guarantee.delta if delta is None else delta)
-    return Policy(
-        target_id_acceptance=base.target_id_acceptance if target is None else target,
-        guarantee=guarantee,
-        score_name=base.score_name,
-        alpha_conf=base.alpha_conf if alpha_conf is None else alpha_conf,
-    )
+@dataclass(frozen=True)
+class AskedPolicy:
+    """The policy options of a command, None where one was not given."""
+
+    target: float | None
+    guarantee: Literal["pac", "marginal", "simultaneous"] | None
+    delta: float | None
+    alpha_conf: float | None
+
+    def over(self, base: Policy) -> Policy:
+        """The base, but for what was asked for."""
+        kind, delta = self.guarantee or base.guarantee.kind, self.delta
+        return Policy(
+            target_id_acceptance=base.target_id_acceptance if self.target is None else self.target,
+            guarantee=Guarantee(kind=kind, delta=base.guarantee.delta if delta is None else delta),
+            score_name=base.score_name,
+            alpha_conf=base.alpha_conf if self.alpha_conf is None else self.alpha_conf,
+        )
+
+
+def policy_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a policy; it takes them as one argument, `asked`."""
+
+    @TARGET
+    @GUARANTEE
+    @DELTA
+    @ALPHA_CONF
+    @wraps(command)
+    def asking(
+        *,
+        target: float | None,
+        guarantee: Literal["pac", "marginal", "simultaneous"] | None,
+        delta: float | None,
+        alpha_conf: float | None,
+        **others: Any,
+    ) -> None:
+        command(asked=AskedPolicy(target, guarantee, delta, alpha_conf), **others)
+
+    return asking
 
 
 def on_device(name: str) -> str:

@@ -14,10 +14,12 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from detector.artifact import read_manifest
+from detector.calibration import Guarantee
 from detector.cli import main
-from detector.cli.options import progress
+from detector.cli.options import AskedPolicy, progress
 from detector.features import Progress
 from detector.networks import CIFAR_PREPROCESSING, export_network
+from detector.policy import Policy
 from tests.helpers import TOY_CLASSES, encoded, photo, toy_images, toy_network
 
 
@@ -268,6 +270,14 @@ def test_calibrate_writes_the_next_version_and_keeps_groups_whole(fitted: Path, 
     assert (manifest.calibration.n, manifest.calibration.grouped) == (150, True)
     assert manifest.policy.target_id_acceptance == 0.9
     assert manifest.report["id"]["n"] == 50  # of 100 images, one of each group
+
+
+def test_the_policy_that_was_asked_for_replaces_only_what_it_names() -> None:
+    base = Policy(target_id_acceptance=0.9, guarantee=Guarantee(kind="marginal", delta=0.2), alpha_conf=0.01)
+    assert AskedPolicy(None, None, None, None).over(base) == base
+    asked = AskedPolicy(0.8, "pac", None, 0.0).over(base)
+    assert asked == Policy(target_id_acceptance=0.8, guarantee=Guarantee(kind="pac", delta=0.2), alpha_conf=0.0)
+    assert AskedPolicy(None, None, 0.1, None).over(base).guarantee == Guarantee(kind="marginal", delta=0.1)
 
 
 def test_calibrate_names_an_image_without_group(fitted: Path, material: Path, tmp_path: Path) -> None:

@@ -133,6 +133,19 @@ def test_a_fit_without_images_names_what_is_missing(name: str, backbone: Backbon
         registry()[name](OPTIONS).finalize(backbone)
 
 
+@pytest.mark.parametrize("name", FITTED)
+def test_a_class_without_images_is_named_where_its_mean_or_label_is_needed(
+    name: str, backbone: Backbone, seen: tuple[Outputs, Tensor], held_out: tuple[Outputs, Tensor]
+) -> None:
+    kept = torch.nonzero(seen[1] != 2).flatten()
+    score = registry()[name](OPTIONS).partial_fit(seen[0][kept], seen[1][kept])
+    if name.startswith(("grood", "lowdim")) or name in ("mds", "rmds"):
+        with pytest.raises(EmptyClass, match=r"\[2\]"):
+            score.finalize(backbone)
+    else:
+        assert torch.isfinite(score.finalize(backbone).score(held_out[0])).all()
+
+
 @pytest.mark.parametrize("name", FORWARD)
 def test_constant_features_give_finite_scores(
     name: str, backbone: Backbone, fitted: dict[str, Score], seen: tuple[Outputs, Tensor]
@@ -152,7 +165,7 @@ def test_constant_features_give_finite_scores(
     assert torch.isfinite(score.score(outputs)).all()
 
 
-@pytest.mark.parametrize("name", [name for name in FORWARD if not name.startswith(("product", "lowdim", "exgrad"))])
+@pytest.mark.parametrize("name", FORWARD)
 def test_larger_is_more_ood(name: str) -> None:
     """Clusters along the class weights, against weak features between all classes: every method agrees there."""
     backbone, known, labels, ood = clusters()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from detector.backbone import Backbone
-from detector.errors import EmptyClass, ScoreError, TapNotFound
+from detector.errors import EmptyClass, NonFiniteFeatures, ScoreError, TapNotFound
 from detector.evaluation import auroc
 from detector.images import image_ids
 from detector.networks import CIFAR_PREPROCESSING
 from detector.outputs import Outputs
 from detector.scores import FitOptions, Score, registry
 from detector.scores.gaia import GaiaA, GaiaZ, batch_norms, late_batch_norms, output_gradient
-from detector.scores.lowdim import LowDimLast, LowDimLastKnn, last_layer_blocks, train_probe
+from detector.scores.lowdim import LowDimLastKnn, last_layer_blocks, train_probe
 from detector.scores.nac import FULL_POOLED, FULL_STAGE, THRESHOLDS, Nac, thresholds
 from detector.scores.subspace import LARGEST, WhitenedRows, class_averages, principal, refuse_large
 from tests.helpers import TOY_CLASSES, toy_images
@@ -205,11 +206,37 @@ def test_a_fit_without_images_names_what_is_missing(name: str, backbone: Backbon
         registry()[name](OPTIONS).finalize(backbone)
 
 
-@pytest.mark.parametrize("name", ["lowdim", "lowdim_last"])
-def test_a_class_without_images_is_named(name: str, backbone: Backbone, seen: tuple[Outputs, Tensor]) -> None:
-    outputs, labels = seen
-    with pytest.raises(EmptyClass, match=r"\[2\]"):
-        registry()[name](OPTIONS).partial_fit(outputs[labels != 2], labels[labels != 2]).finalize(backbone)
+@pytest.mark.parametrize("name", ALL)
+def test_a_class_without_images_is_named_where_its_label_is_needed(
+    name: str, backbone: Backbone, seen: tuple[Outputs, Tensor], held_out: Outputs
+) -> None:
+    kept = torch.nonzero(seen[1] != 2).flatten()
+    score = registry()[name](OPTIONS).partial_fit(seen[0][kept], seen[1][kept])
+    if name.startswith("lowdim"):
+        with pytest.raises(EmptyClass, match=r"\[2\]"):
+            score.finalize(backbone)
+    else:
+        assert torch.isfinite(score.finalize(backbone).score(held_out)).all()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_features_that_are_no_numbers_are_refused_by_name(
+    name: str, fitted: dict[str, Score], held_out: Outputs
+) -> None:
+    spoilt = held_out[:3]
+    spoilt = replace(spoilt, penultimate=spoilt.penultimate * torch.tensor([[1.0], [math.nan], [1.0]]))
+    with pytest.raises(NonFiniteFeatures, match=name):
+        fitted[name].score(spoilt)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_fit_on_one_image_again_and_again_gives_finite_scores(
+    name: str, backbone: Backbone, seen: tuple[Outputs, Tensor], held_out: Outputs
+) -> None:
+    same = seen[0][torch.zeros(len(seen[1]), dtype=torch.int64)]
+    score = registry()[name](OPTIONS).partial_fit(same, seen[1]).finalize(backbone)
+    assert torch.isfinite(score.score(same)).all()
+    assert torch.isfinite(score.score(held_out)).all()
 
 
 @pytest.mark.parametrize("name", BACKWARD)
@@ -542,13 +569,6 @@ def test_training_the_probe_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_constant_features_give_finite_scores(backbone: Backbone, seen: tuple[Outputs, Tensor]) -> None:
-    outputs, labels = seen
-    same = replace(outputs, penultimate=outputs.penultimate[:1].expand(len(outputs), -1).contiguous())
-    score = LowDimLast(OPTIONS).partial_fit(same, labels).finalize(backbone)
-    assert torch.isfinite(score.score(outputs)).all()
-
-
 def test_neighbours_are_at_the_fifth_distance_in_the_subspace(fitted: dict[str, Score], held_out: Outputs) -> None:
     score = fitted["lowdim_last_knn"]
     assert isinstance(score, LowDimLastKnn)
@@ -559,7 +579,9 @@ def test_neighbours_are_at_the_fifth_distance_in_the_subspace(fitted: dict[str, 
 
 # Only the clear cases: what a network of a few seconds makes of white noise says nothing of the rest, whose sign is
 # fixed by the formulas above.
-@pytest.mark.parametrize("name", ["exgrad_all", "lowdim_average_knn", "lowdim_knn", "lowdim_last_knn", "nac"])
+@pytest.mark.parametrize(
+    "name", ["exgrad_all", "gaia_a", "lowdim", "lowdim_average_knn", "lowdim_knn", "lowdim_last_knn", "nac"]
+)
 def test_noise_scores_above_known_colours(
     name: str, backbone: Backbone, fitted: dict[str, Score], held_out: Outputs
 ) -> None:
