@@ -276,12 +276,10 @@ class Decider:
 
     def _p_values(self, name: str, group_of: Sequence[int], scores: Scores) -> list[float]:
         """One p-value an image, each among the calibration of its own group; 1 where that has no scores."""
-        of_image = np.asarray(group_of)
         scores = np.where(np.isfinite(scores), scores, np.inf)  # what is no number is like nothing that was calibrated
-        values = np.ones(len(scores))
-        for group in set(group_of):
-            calibration = self.calibration.scores[name][group]
-            if len(calibration):
-                mine = of_image == group
-                values[mine] = p_values(calibration, scores[mine])
+        calibration, groups = self.calibration.scores[name], set(group_of)
+        values = np.empty(len(scores))
+        for group in groups:
+            mine = np.asarray(group_of) == group if len(groups) > 1 else slice(None)
+            values[mine] = p_values(calibration[group], scores[mine])
         return [float(value) for value in values]
