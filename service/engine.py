@@ -70,6 +70,7 @@ class Engine:
         timeout_s: seconds after which an image is given up; it counts from admission.
         stall_s: seconds in one batch after which `alive` is false.
         window_s: seconds, from the arrival of the first image, to wait for a fuller batch while the device is idle.
+        threads: of torch on the inference thread; as many as it would have by itself where None.
         on_batch: told, on the event loop, of each batch of answers.
         on_restart: told, on the event loop, when the inference loop was lost and begins again.
     """
@@ -82,11 +83,13 @@ class Engine:
         timeout_s: float,
         stall_s: float,
         window_s: float = 0.0,
+        threads: int | None = None,
         on_batch: BatchDone | None = None,
         on_restart: Callable[[], None] | None = None,
     ) -> None:
         self.capacity, self.timeout_s, self.stall_s, self.window_s = capacity, timeout_s, stall_s, window_s
         self.buckets = buckets(max_batch)
+        self._threads = threads
         self._on_batch, self._on_restart = on_batch, on_restart
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[_Work] = deque()
@@ -190,6 +193,8 @@ class Engine:
     # What follows runs on the inference thread.
 
     def _run(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
         lost: deque[float] = deque(maxlen=MOST_RESTARTS)
         try:
             while True:

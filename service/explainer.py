@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+
 from service.errors import QueueFull
 
 T = TypeVar("T")
@@ -16,10 +18,16 @@ MOST = 4  # explanations under way at once: what a few people at the console nee
 
 
 class Explainer:
-    """Runs explanations one after another; made and called on the event loop."""
+    """Runs explanations one after another; made and called on the event loop.
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="explain")
+    Args:
+        threads: of torch; a new thread would take the number that another has set for its scores just then.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="explain", initializer=torch.set_num_threads, initargs=(threads,)
+        )
         self._places = threading.Semaphore(MOST)
 
     async def run(self, work: Callable[[], T]) -> T:

@@ -54,7 +54,7 @@ async def running(settings: Settings, metrics: Metrics, tokens: Tokens, lifecycl
     engine = _engine(settings, metrics, recent)
     upstream = Upstream(settings) if settings.gate_upstream else None
     decoding = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
-    with decoding as decoders, closing(Explainer()) as explainer:
+    with decoding as decoders, closing(Explainer(settings.torch_threads)) as explainer:
         context = Context(
             settings,
             metrics,
@@ -111,6 +111,7 @@ def _engine(settings: Settings, metrics: Metrics, recent: Recent) -> Engine:
         timeout_s=settings.request_timeout_s,
         stall_s=settings.engine_stall_s,
         window_s=settings.batch_window_s,
+        threads=settings.torch_threads,
         on_batch=lambda model, answers: _record(metrics, recent, model, answers),
         on_restart=metrics.engine_restarts.inc,
     )
