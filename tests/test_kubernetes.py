@@ -136,6 +136,16 @@ def test_a_misspelt_field_is_found(kind: str) -> None:
     assert mistakes(resource | {"spec": resource["spec"] | {"replicaCounts": 2}}, VERSIONS[0])
 
 
+def fill() -> Resource:
+    pod: Resource = yaml.safe_load((KUBERNETES / "fill.yaml").read_text())
+    return pod
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_pod_that_fills_the_claim_follows_its_schema(version: str) -> None:
+    assert mistakes(fill(), version) == []
+
+
 # --- what each overlay is for ---
 
 
@@ -168,6 +178,27 @@ def test_model_store_fills_the_folder_that_the_server_reads(store: str, tmp_path
     assert "models" in [mount["name"] for mount in pod["initContainers"][0]["volumeMounts"]]
     claims = [resource["metadata"]["name"] for resource in resources if resource["kind"] == "PersistentVolumeClaim"]
     assert claims == ["oodgate-state"]
+
+
+def test_pod_that_fills_the_claim_writes_where_the_server_reads() -> None:
+    [to] = fill()["spec"]["volumes"]
+    [models] = [volume for volume in pod_of("cpu")["volumes"] if volume["name"] == "models"]
+    assert to["persistentVolumeClaim"]["claimName"] == models["persistentVolumeClaim"]["claimName"]
+    [mount] = fill()["spec"]["containers"][0]["volumeMounts"]
+    assert not mount.get("readOnly")
+    assert "labels" not in fill()["metadata"]  # the service must send it nothing
+
+
+def test_overlay_of_the_document_takes_the_image_from_its_registry(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    [overlay] = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "Kustomization" in block]
+    [pushed] = re.findall(r"docker push (\S+)", page)
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    folder = tmp_path / "kubernetes" / "overlays" / "mine"
+    folder.mkdir()
+    (folder / "kustomization.yaml").write_text(overlay)
+    deployment = of_kind(rendered(folder), "Deployment")
+    assert [container["image"] for container in deployment["spec"]["template"]["spec"]["containers"]] == [pushed]
 
 
 # --- against the service ---
@@ -211,7 +242,9 @@ def test_probe_is_patient_with_a_busy_server(pod: Resource, probe: str) -> None:
     assert found["httpGet"]["path"] == f"/v2/health/{wanted}"
 
 
-@each_pod
+@pytest.mark.parametrize(
+    "pod", [*(pod for _, pod in all_pods()), fill()["spec"]], ids=[*(name for name, _ in all_pods()), "fill"]
+)
 def test_container_has_no_more_rights_than_it_needs(pod: Resource) -> None:
     for container in [*pod.get("initContainers", []), *pod["containers"]]:
         assert container["securityContext"] == {
