@@ -3,7 +3,8 @@
 
 The process has a low priority and one thread, so that a server beside it goes on answering. It leaves a directory
 of shared libraries, one for each batch size, and what their rounding moves: how far each score differs from the form
-that was calibrated. The directory appears whole or not at all.
+that was calibrated. The directory appears whole or not at all. At the end of its stdin the process ends, whatever it
+does: a server that is killed leaves no compiler behind.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +125,17 @@ def _moves(eager: Detector, settled: Detector) -> Mapping[str, float]:
     return {name: SAFETY * float(np.abs(first[name] - second[name]).max()) for name in first}
 
 
+def _end_with_stdin() -> None:
+    while os.read(0, 4096):
+        pass
+    with suppress(ProcessLookupError):  # where this process leads no group
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
 def main() -> None:
     job = Job.model_validate_json(sys.argv[1])
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
     os.nice(job.niceness)
     torch.set_num_threads(1)
     run(job)

@@ -39,7 +39,7 @@ def gather(
     *,
     shard: int = SHARD,
 ) -> Iterator[Tensor]:
-    """`detector.features.gather` on the Ray cluster that `RAY_ADDRESS` names, or on this machine.
+    """`detector.features.gather` on the Ray cluster that `RAY_ADDRESS` names, else one that runs here, else its own.
 
     The files of the data set must be readable under the same paths or URIs on every node. `shard`, rounded up to whole
     batches, is how many images a worker holds, and how many leave one state behind, to be sent and merged:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,7 +98,7 @@ class Settling:
         with self._lock:
             self._closed = True
             if self._process is not None:
-                self._process.kill()
+                _kill(self._process)
         if self._thread is not None:
             self._thread.join()
 
@@ -147,7 +149,7 @@ class Settling:
         found = compiler()
         if found is None:
             raise BackboneError("there is no C++ compiler (CXX, g++ or clang++)")
-        with tempfile.TemporaryDirectory(dir=job.out.parent, prefix=f"{job.out.name}.work-") as work:
+        with tempfile.TemporaryDirectory(dir=job.out.parent, prefix=f"{job.out.name}.work-") as work, _pipe() as alive:
             scratch = {"CXX": found, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": work, "TMPDIR": work}
             with self._lock:
                 if self._closed:
@@ -155,20 +157,38 @@ class Settling:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", compiling.__name__, job.model_dump_json()],
                     env=os.environ | scratch,
-                    stdin=subprocess.DEVNULL,
+                    stdin=alive,  # at its end, which also comes when this process is killed, the job ends
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     text=True,
+                    process_group=0,  # so that the compiler it runs ends with it
                 )
             with self._process:
                 try:
                     _, complaint = self._process.communicate(timeout=LIMIT_S)
                 except subprocess.TimeoutExpired as error:
-                    self._process.kill()
+                    _kill(self._process)
                     raise BackboneError(f"the compiling process took more than {LIMIT_S:.0f} s") from error
         if self._process.returncode:
             last = (complaint.strip().splitlines() or ["it said nothing"])[-1]
             raise BackboneError(f"the compiling process failed ({self._process.returncode}): {last}")
+
+
+@contextmanager
+def _pipe() -> Iterator[int]:
+    """The reading end of a pipe that is open as long as the block, or this process, lasts."""
+    reading, writing = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        with suppress(ProcessLookupError):  # it ended meanwhile
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def compiler() -> str | None:

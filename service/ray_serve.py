@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """oodgate on Ray Serve: the same app, one engine for each replica and accelerator. Needs the extra `ray`.
 
-The import path for a Serve configuration is `service.ray_serve:application`; deploy/ray/serve_config.yaml shows one.
+The import path for a Serve configuration is `service.ray_serve:application`; deploy/ray/ shows two.
 Batching is the engine's: `serve.batch` on top would only wait twice.
 """
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,20 @@ def test_every_link_leads_somewhere(path: Path) -> None:
         assert target.startswith("https://") or (path.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_of_deploy_that_a_document_names_is_there(path: Path) -> None:
+    named = set(re.findall(r"\bdeploy/[\w./@-]*\w", path.read_text()))
+    own = {"deploy/kubernetes/overlays/mine", "deploy/kubernetes/overlays/mine/kustomization.yaml"}  # the reader's
+    assert [name for name in sorted(named - own) if not (ROOT / name).exists()] == []
+
+
+def test_the_readme_lists_every_extra() -> None:
+    [paragraph] = [part for part in README.split("\n\n") if "Extras come from the checkout" in part]
+    listed = re.findall(r"`(\w+)` for\s", paragraph)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert sorted(listed) == sorted(project["optional-dependencies"])
+
+
 def test_the_readmes_results_are_those_of_the_model() -> None:
     assert results() in README
 
@@ -98,6 +114,12 @@ def test_the_scaling_page_shows_what_was_measured() -> None:
         measured() in page
         for measured in (scaling.stages, scaling.bank, scaling.replicas, scaling.index, scaling.recall)
     )
+
+
+@pytest.mark.parametrize("section", ["stages", "bank", "replicas", "index", "recall"])
+def test_every_table_of_the_scaling_page_names_the_command_that_measured_it(section: str) -> None:
+    [module] = re.findall(r"`python -m ([\w.]+)", getattr(scaling, section)())
+    assert find_spec(module) is not None
 
 
 def test_the_performance_page_shows_what_was_measured() -> None:

@@ -136,6 +136,16 @@ def test_a_misspelt_field_is_found(kind: str) -> None:
     assert mistakes(resource | {"spec": resource["spec"] | {"replicaCounts": 2}}, VERSIONS[0])
 
 
+def fill() -> Resource:
+    pod: Resource = yaml.safe_load((KUBERNETES / "fill.yaml").read_text())
+    return pod
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_pod_that_fills_the_claim_follows_its_schema(version: str) -> None:
+    assert mistakes(fill(), version) == []
+
+
 # --- what each overlay is for ---
 
 
@@ -168,6 +178,27 @@ def test_model_store_fills_the_folder_that_the_server_reads(store: str, tmp_path
     assert "models" in [mount["name"] for mount in pod["initContainers"][0]["volumeMounts"]]
     claims = [resource["metadata"]["name"] for resource in resources if resource["kind"] == "PersistentVolumeClaim"]
     assert claims == ["oodgate-state"]
+
+
+def test_pod_that_fills_the_claim_writes_where_the_server_reads() -> None:
+    [to] = fill()["spec"]["volumes"]
+    [models] = [volume for volume in pod_of("cpu")["volumes"] if volume["name"] == "models"]
+    assert to["persistentVolumeClaim"]["claimName"] == models["persistentVolumeClaim"]["claimName"]
+    [mount] = fill()["spec"]["containers"][0]["volumeMounts"]
+    assert not mount.get("readOnly")
+    assert "labels" not in fill()["metadata"]  # the service must send it nothing
+
+
+def test_overlay_of_the_document_takes_the_image_from_its_registry(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    [overlay] = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "Kustomization" in block]
+    [pushed] = re.findall(r"docker push (\S+)", page)
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    folder = tmp_path / "kubernetes" / "overlays" / "mine"
+    folder.mkdir()
+    (folder / "kustomization.yaml").write_text(overlay)
+    deployment = of_kind(rendered(folder), "Deployment")
+    assert [container["image"] for container in deployment["spec"]["template"]["spec"]["containers"]] == [pushed]
 
 
 # --- against the service ---
@@ -211,7 +242,9 @@ def test_probe_is_patient_with_a_busy_server(pod: Resource, probe: str) -> None:
     assert found["httpGet"]["path"] == f"/v2/health/{wanted}"
 
 
-@each_pod
+@pytest.mark.parametrize(
+    "pod", [*(pod for _, pod in all_pods()), fill()["spec"]], ids=[*(name for name, _ in all_pods()), "fill"]
+)
 def test_container_has_no_more_rights_than_it_needs(pod: Resource) -> None:
     for container in [*pod.get("initContainers", []), *pod["containers"]]:
         assert container["securityContext"] == {
@@ -281,7 +314,7 @@ def test_autoscalers_ask_only_for_labels_that_their_metrics_have() -> None:
     discovered = {"namespace", "pod", "service"}
     own = {sample.name: set(sample.labels) for family in Metrics().registry.collect() for sample in family.samples}
     selectors = [found for query in queries for found in re.findall(r"(oodgate_\w+){([^}]*)}", query)]
-    assert len(selectors) == 6
+    assert len(selectors) == 7
     for name, selector in selectors:
         assert set(re.findall(r"(\w+)!?=", selector)) <= discovered | own[name], (name, selector)
 
@@ -305,3 +338,51 @@ def test_both_autoscalers_keep_the_same_promise() -> None:
     keda = of_kind(overlaid("keda"), "ScaledObject")["spec"]
     assert keda["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] == horizontal["behavior"]
     assert (keda["minReplicaCount"], keda["maxReplicaCount"]) == (horizontal["minReplicas"], horizontal["maxReplicas"])
+
+
+def triggers() -> dict[str, Resource]:
+    return {trigger["name"]: trigger for trigger in of_kind(overlaid("keda"), "ScaledObject")["spec"]["triggers"]}
+
+
+def test_keda_falls_back_as_its_webhook_allows() -> None:
+    """CheckFallbackValid of KEDA 2.16: a fallback wants every trigger to say AverageValue; cpu and memory cannot."""
+    fallback = of_kind(overlaid("keda"), "ScaledObject")["spec"]["fallback"]
+    assert min(fallback["failureThreshold"], fallback["replicas"]) >= 0
+    kinds = {(trigger["type"], trigger["metricType"]) for trigger in triggers().values()}
+    assert kinds == {("prometheus", "AverageValue")}
+
+
+SLOW = "oodgate_http_request_duration_seconds_bucket{service='oodgate',method='POST',pod='a',le='%s'}"
+DEPTH = "oodgate_queue_depth{service='oodgate',pod='%s'}"
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="the promtool binary is not installed")
+@pytest.mark.parametrize(
+    ("series", "average"),
+    [
+        # 95 % of what takes more than 0.5 s and at most 1 s.
+        ({SLOW % "0.5": "0x20", SLOW % "1": "0+9x20", SLOW % "+Inf": "0+9x20"}, 0.975),
+        ({SLOW % "0.5": "7x20", SLOW % "1": "7x20", SLOW % "+Inf": "7x20"}, 0.0),
+        ({}, 0.0),
+    ],
+    ids=["slow", "not asked", "never asked"],
+)
+def test_the_guard_of_keda_averages_to_the_p95_whatever_the_replicas(
+    series: dict[str, str], average: float, tmp_path: Path
+) -> None:
+    replicas = ["a", "b", "c"]
+    given = series | {DEPTH % pod: "0x20" for pod in replicas}
+    rule = {"record": "asked", "expr": triggers()["p95"]["metadata"]["query"]}
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "keda", "rules": [rule]}]}))
+    expected = [{"labels": "asked", "value": average * len(replicas)}]
+    case = {
+        "interval": "15s",
+        "input_series": [{"series": name, "values": values} for name, values in given.items()],
+        "promql_expr_test": [{"expr": "asked", "eval_time": "4m", "exp_samples": expected}],
+    }
+    (tmp_path / "test.yml").write_text(
+        yaml.safe_dump({"rule_files": ["rules.yml"], "evaluation_interval": "15s", "tests": [case]})
+    )
+    command = ["promtool", "test", "rules", str(tmp_path / "test.yml")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -45,6 +45,14 @@ def stages() -> str:
         for name, title in STAGES.items()
     ]
     whole = sum(cost.values())
+    shapes = {
+        "a shard of 512 decoded images": 512 * size["decoded_image"],
+        "class sums, 1,000 x 2,048": size["gathered_ClassSums"],
+        "scatter, 2,048 x 2,048": size["gathered_Scatter"],
+        "a bank of 10,000 features": size["bank_of_10000_features"],
+        "the mix-up's class sums at `layer1`": size["class_sums_of_the_early_layer"],
+    }
+    peak = megabytes(measured["peak_resident_bytes"])
     return "\n".join(
         [
             "| stage | core ms an image | images a core second | ImageNet-1K, core hours | 10^9 images, core hours |",
@@ -53,18 +61,18 @@ def stages() -> str:
             f"| together | {1000 * whole:.2f} | {1 / whole:,.0f} | {whole * IMAGENET / 3600:.1f} "
             f"| {whole * BILLION / 3600:,.0f} |",
             "",
-            "| in memory | MB |",
-            "|---|---:|",
-            f"| peak of the measuring process, batches of 64 | {measured['peak_resident_bytes'] / 1e6:,.0f} |",
-            f"| a shard of 512 decoded images | {512 * size['decoded_image'] / 1e6:,.0f} |",
-            f"| class sums, 1,000 x 2,048 | {size['gathered_ClassSums'] / 1e6:,.0f} |",
-            f"| scatter, 2,048 x 2,048 | {size['gathered_Scatter'] / 1e6:,.0f} |",
-            f"| a bank of 10,000 features | {size['bank_of_10000_features'] / 1e6:,.0f} |",
-            f"| the mix-up's class sums at `layer1` | {size['class_sums_of_the_early_layer'] / 1e6:,.0f} |",
+            "| in memory | MB | |",
+            "|---|---:|---|",
+            f"| peak of the measuring process, batches of 64 | {peak} | measured |",
+            *(f"| {title} | {megabytes(count)} | computed from the shape |" for title, count in shapes.items()),
             "",
-            conditions(measured),
+            conditions("stages", measured),
         ]
     )
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f}"
 
 
 def bank() -> str:
@@ -81,7 +89,7 @@ def bank() -> str:
         for size in sorted(curves[0]):
             cells = [f"{100 * curve[size][group]:.2f}" for curve in curves for group in ("near", "far")]
             lines.append(f"| `{score}` | {size:,} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "`python -m benchmarks.accuracy.ablations --network NAME`"])
 
 
 def bank_curve(rows: dict[str, dict[str, float]], score: str) -> dict[int, dict[str, float]]:
@@ -106,7 +114,8 @@ def index() -> str:
             "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
             *rows,
             "",
-            f"Features {measured['features']}; {measured['lists_searched']} lists searched. {conditions(measured)}",
+            f"Features {measured['features']}; {measured['lists_searched']} lists searched. "
+            f"{conditions('index', measured)}",
         ]
     )
 
@@ -126,9 +135,8 @@ def recall() -> str:
                 f"| {100 * found['largest_excess']:.1f} | {' | '.join(f'{100 * found[way]:.3f}' for way in ways)} |"
             )
     [last] = list(measured.values())[-1:]
-    return "\n".join(
-        [*lines, "", f"{last['queries']:,} queries; {last['lists_searched']} lists searched. {conditions(last)}"]
-    )
+    said = f"{last['queries']:,} queries; {last['lists_searched']} lists searched."
+    return "\n".join([*lines, "", f"{said} {conditions('recall --network NAME', last)}"])
 
 
 def replicas() -> str:
@@ -141,18 +149,20 @@ def replicas() -> str:
             *(f"| {n} | {median(each):,.0f} ({each[0]:,.0f}-{each[-1]:,.0f}) |" for n, each in rates.items()),
             "",
             f"Two against one: {measured['two_against_one']:.2f}. {measured['image']}, {measured['callers']} callers.",
-            conditions(measured),
+            conditions("replicas", measured),
         ]
     )
 
 
-def conditions(measured: dict[str, Any]) -> str:
-    """The versions and the machine of a result, in a line."""
+def conditions(command: str, measured: dict[str, Any]) -> str:
+    """What wrote a result, the versions and the machine, in a line."""
     machine = measured["machine"]
     loads = machine["load_average"]
     busy = f"{loads:.0f}" if isinstance(loads, float) else f"{min(loads):.0f} to {max(loads):.0f}"
     versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
-    return f"{versions}; {machine['cores']} cores, load {busy} while measuring."
+    return (
+        f"`python -m benchmarks.scaling.{command}`: {versions}; {machine['cores']} cores, load {busy} while measuring."
+    )
 
 
 if __name__ == "__main__":

@@ -4,18 +4,23 @@
 from __future__ import annotations
 
 import logging
+import os
+import select
 import shutil
-from contextlib import chdir
+import subprocess
+import sys
+from contextlib import chdir, suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from detector import Detector, artifact as artifacts
 from detector.compiling import libraries
 from detector.settling import ForwardState, Settling, compiler
-from tests.helpers import toy_images
+from tests.helpers import ROOT, toy_images
 
 PATIENCE_S = 600.0
 
@@ -145,6 +150,47 @@ def test_closing_ends_the_compiling_process(
     assert not handed
     assert not list((tmp_path / "compile").glob("*"))
     assert not caplog.records
+
+
+SERVER = """
+import sys
+from pathlib import Path
+
+from detector import Detector
+from detector.settling import Settling
+
+model = Path(sys.argv[1])
+settling = Settling(Detector.load(model, device="cpu"), model, Path(sys.argv[2]), print, niceness=0)
+settling.start()
+settling.wait(3600)
+"""
+
+
+def test_a_server_that_is_killed_leaves_neither_the_compiling_process_nor_its_compiler(
+    toy: Path, tmp_path: Path
+) -> None:
+    fifo, endless = tmp_path / "fifo", tmp_path / "compiler"
+    os.mkfifo(fifo)
+    endless.write_text(f"#!/bin/sh\necho $PPID $$ > {fifo}\nexec sleep infinity\n")
+    endless.chmod(0o755)
+    told = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    command = [sys.executable, "-c", SERVER, str(toy), str(tmp_path / "compile")]
+    with subprocess.Popen(command, env=os.environ | {"CXX": str(endless)}, cwd=ROOT) as server:
+        try:
+            assert select.select([told], [], [], PATIENCE_S)[0]
+            below = [psutil.Process(int(number)) for number in os.read(told, 100).split()]
+            assert "detector.compiling" in below[0].cmdline()
+            ends = [os.pidfd_open(process.pid) for process in below]
+        finally:
+            server.kill()
+    try:
+        assert all(select.select([end], [], [], 60)[0] for end in ends)
+    finally:
+        for each in (told, *ends):
+            os.close(each)
+        for process in below:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def test_without_a_directory_the_forward_is_settled_at_once(eager: Detector, toy: Path) -> None:

@@ -94,13 +94,14 @@ def envoy(ports: list[int], folder: Path) -> Iterator[str]:
 
 
 class Recorder(ThreadingHTTPServer):
-    """Answers 200 to everything and keeps the headers of what it was sent."""
+    """Keeps the headers of what it was sent, and answers 200, or hangs up."""
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, hangs_up: bool) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.seen: list[dict[str, str]] = []
+        self.hangs_up = hangs_up
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -109,20 +110,23 @@ class Answer(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         self.rfile.read(int(self.headers.get("content-length", 0)))
-        if self.command == "POST":
+        if self.command in ("POST", "PUT"):
             self.server.seen.append({name.lower(): value for name, value in self.headers.items()})
+        if self.server.hangs_up:
+            self.close_connection = True
+            return
         self.send_response(200)
         self.send_header("content-length", "0")
         self.end_headers()
 
-    do_GET = do_POST = answer  # noqa: N815 - the names that the library looks for
+    do_GET = do_POST = do_PUT = answer  # noqa: N815 - the names that the library looks for
 
     def log_message(self, *_: object) -> None: ...
 
 
 @contextmanager
-def recording() -> Iterator[Recorder]:
-    with Recorder() as recorder:
+def recording(*, hangs_up: bool = False) -> Iterator[Recorder]:
+    with Recorder(hangs_up) as recorder:
         threading.Thread(target=recorder.serve_forever, daemon=True).start()
         yield recorder
         recorder.shutdown()
@@ -181,6 +185,26 @@ def test_the_gate_forwards_what_is_accepted_and_says_what_is_deferred(proxy: Pro
     assert (accepted.status_code, accepted.headers["x-oodgate-decision"]) == (200, "accept")
     assert (deferred.status_code, deferred.headers["x-oodgate-decision"]) == (422, "defer")
     assert len(app.seen) == 1
+
+
+def sent_to_the_gate(method: str, proxy: Proxy, folder: Path) -> int:
+    """How many processes get a request, where each hangs up when it has read it."""
+    with (
+        recording(hangs_up=True) as first,
+        recording(hangs_up=True) as second,
+        proxy([first.server_port, second.server_port], folder) as url,
+    ):
+        answer = httpx.request(method, f"{url}/gate/orders", content=GOOD, headers=PNG, timeout=60)
+    assert answer.json()["code"] == "not_ready"
+    return len(first.seen) + len(second.seen)
+
+
+def test_what_reached_a_process_through_the_gate_is_not_sent_again(proxy: Proxy, tmp_path: Path) -> None:
+    assert sent_to_the_gate("POST", proxy, tmp_path) == 1
+
+
+def test_nginx_alone_sends_a_put_again_because_http_calls_it_repeatable(proxy: Proxy, tmp_path: Path) -> None:
+    assert sent_to_the_gate("PUT", proxy, tmp_path) == (2 if proxy is nginx else 1)
 
 
 def test_a_refusal_of_the_server_arrives_as_it_was_written(client: httpx.Client) -> None:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -25,7 +27,7 @@ from service.settings import Settings  # noqa: E402
 from tests.helpers import EMBEDDED, GOOD, ROOT  # noqa: E402
 
 REQUESTS = 60
-CONFIG = ROOT / "deploy" / "ray" / "serve_config.yaml"
+CONFIGS = {path.stem: path for path in sorted((ROOT / "deploy" / "ray").glob("*.yaml"))}
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +74,37 @@ def test_a_policy_that_would_reach_one_replica_only_cannot_be_set(monkeypatch: p
         replica_app()
 
 
-def test_the_cluster_configuration_is_one_that_ray_reads_and_the_service_too() -> None:
-    config = yaml.safe_load(CONFIG.read_text())
-    [application] = ServeDeploySchema.model_validate(config).applications
-    [deployment] = application.deployments
-    assert deployment.name == "Oodgate"
-    variables = config["applications"][0]["runtime_env"]["env_vars"]
-    named = {name.removeprefix("OODGATE_").lower(): value for name, value in variables.items() if "OODGATE_" in name}
-    settings = Settings(host="0.0.0.0", **named)
-    [options] = config["applications"][0]["deployments"]
-    assert settings.decode_threads + settings.torch_threads == options["ray_actor_options"]["num_cpus"]
+def config(name: str) -> tuple[dict[str, Any], dict[str, Any], Settings]:
+    """A configuration, the options of its deployment, and the settings that its replicas get."""
+    whole: dict[str, Any] = yaml.safe_load(CONFIGS[name].read_text())
+    [application] = whole["applications"]
+    [options] = application["deployments"]
+    variables = application["runtime_env"]["env_vars"]
+    named = {key.removeprefix("OODGATE_").lower(): value for key, value in variables.items() if "OODGATE_" in key}
+    return whole, options, Settings(host="0.0.0.0", **named)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_is_one_that_ray_reads_and_the_service_too(name: str) -> None:
+    whole, options, settings = config(name)
+    [application] = ServeDeploySchema.model_validate(whole).applications
+    assert [deployment.name for deployment in application.deployments] == ["Oodgate"]
+    assert application.import_path == "service.ray_serve:application"
     assert options["graceful_shutdown_timeout_s"] > settings.shutdown_grace_s
-    assert config["http_options"]["request_timeout_s"] > settings.request_timeout_s
+    assert whole["http_options"]["request_timeout_s"] > settings.request_timeout_s
+
+
+def test_a_cluster_shares_its_cores_out_and_grows_by_whole_batches() -> None:
+    _, options, settings = config("serve_config")
+    assert settings.decode_threads + settings.torch_threads == options["ray_actor_options"]["num_cpus"]
     assert options["autoscaling_config"]["target_ongoing_requests"] == settings.max_batch
+    assert not settings.allow_open
+
+
+def test_one_machine_has_two_replicas_on_the_cores_that_the_document_gives_ray() -> None:
+    whole, options, settings = config("one_machine")
+    [cores] = re.findall(r"ray start --head --num-cpus (\d+)", (ROOT / "docs" / "scaling.md").read_text())
+    assert options["num_replicas"] == 2
+    assert options["ray_actor_options"] == {"num_cpus": int(cores) // options["num_replicas"]}
+    assert settings.torch_threads == options["ray_actor_options"]["num_cpus"]
+    assert not settings.allow_open or whole["http_options"]["host"] == "127.0.0.1"
