@@ -135,8 +135,10 @@ def recall() -> str:
                 f"| {100 * found['largest_excess']:.1f} | {' | '.join(f'{100 * found[way]:.3f}' for way in ways)} |"
             )
     [last] = list(measured.values())[-1:]
-    said = f"{last['queries']:,} queries; {last['lists_searched']} lists searched."
-    return "\n".join([*lines, "", f"{said} {conditions('recall --network NAME', last)}"])
+    asked = ", ".join(f"{its['queries']:,} ({network})" for network, its in measured.items())
+    said = f"Queries: {asked}; {last['lists_searched']} lists searched."
+    loads = ", ".join(f"{its['machine']['load_average']:.0f}" for its in measured.values())
+    return "\n".join([*lines, "", f"{said} Load of each: {loads}. {conditions('recall --network NAME', last)}"])
 
 
 def replicas() -> str:
