@@ -312,7 +312,7 @@ def _backbone(artifact: Artifact, module: nn.Module | None, device: torch.device
 
 
 def return_freed_memory() -> None:
-    """Give the system back what building a model and its first passes have freed, which glibc would keep."""
+    """Give the system back what was freed, which glibc would keep: after a model is built, and now and then."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
