@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -12,6 +13,7 @@ from benchmarks.serving.results import COMMON, efficiency, spread
 from benchmarks.serving.servers import PEERS
 
 Run = dict[str, Any]
+FORMS = (("auto", "as set up by itself"), ("fp32", "fp32 eager"))
 
 
 @dataclass(frozen=True)
@@ -119,23 +121,28 @@ def _against_peers(measured: Measured) -> list[Goal]:
     for workload, least in (("A", 1.8), ("C", 2.2)):
         ratios = measured.over_peers(workload, ("auto", "fp32"), saturated)
         rows.append(Goal(f"{workload}: saturated throughput as set up by itself ÷ best peer", least, None, ratios))
-    for asked, how in (("auto", "as set up by itself"), ("fp32", "fp32 eager")):
+    for asked, how in FORMS:
         single = measured.over_peers("A", (asked, "fp32"), closed(1, "p50_ms"), min, ("fastapi",))
         rows.append(Goal(f"A: p50 at concurrency 1, {how} ÷ plain FastAPI's", None, 1.05, single))
-    for workload in ("A", "B", "C"):
-        for load, at in ((COMMON, "90 % of the best peer's throughput"), ("90%", "90 % of its own throughput each")):
-            tails = measured.over_peers(workload, ("fp32", "fp32"), _tail(load), min)
-            if tails or load == COMMON:
-                rows.append(Goal(f"{workload}: p99 at {at} ÷ best peer's, fp32 eager", None, 0.8, tails))
+    loads = ((COMMON, "90 % of the best peer's throughput"), ("90%", "90 % of its own throughput each"))
+    for workload, (load, at), (asked, how) in product(("A", "B", "C"), loads, FORMS):
+        tails = measured.over_peers(workload, (asked, "fp32"), _tail(load), min)
+        if tails or (load, asked) == (COMMON, "auto"):
+            rows.append(Goal(f"{workload}: p99 at {at}, {how} ÷ best peer's", None, 0.8, tails))
     return rows
 
 
 def _alone(measured: Measured) -> list[Goal]:
-    null, default = measured.of("N", "oodgate", "fp32"), measured.of("B", "oodgate", "fp32")
+    default, rows = measured.of("B", "oodgate", "fp32"), []
+    for asked, how in FORMS:
+        null = measured.of("N", "oodgate", asked)
+        rows += [
+            Goal(f"N: requests/s at concurrency 32, {how}", 2400, None, _each(null, closed(32, "images_per_s")), 0),
+            Goal(f"N: p99 at concurrency 32, {how}, ms", None, 30, _each(null, closed(32, "p99_ms")), 1),
+            Goal(f"N: p50 at concurrency 1, {how}, ms", None, 1, _each(null, closed(1, "p50_ms"))),
+        ]
     return [
-        Goal("N: requests/s at concurrency 32", 2400, None, _each(null, closed(32, "images_per_s")), 0),
-        Goal("N: p99 at concurrency 32, ms", None, 30, _each(null, closed(32, "p99_ms")), 1),
-        Goal("N: p50 at concurrency 1, ms", None, 1, _each(null, closed(1, "p50_ms"))),
+        *rows,
         Goal("B: resident memory, eager, MB", None, 700, _each(default, lambda run: float(run["resident_mb"])), 0),
         Goal("B: import to ready, s", None, 5, _each(default, lambda run: float(run["ready_s"])), 1),
     ]
