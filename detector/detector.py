@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -24,6 +22,7 @@ from detector.backbone import Backbone, Precision, Run, resolve_device
 from detector.errors import ArtifactCorrupt, ArtifactError, CalibrationError, GoldenMismatch, OodgateError
 from detector.features import bind
 from detector.images import Limits, Pixels, decode, image_ids
+from detector.machine import fast_in_bfloat16, one_thread, return_freed_memory
 from detector.networks import build, load_export
 from detector.outputs import Outputs
 from detector.policy import CalibrationScores, Decider, Grouping, Policy, Verdict
@@ -210,7 +209,7 @@ class Detector:
             return decider.decide(scored.logits.cpu(), scores)
 
     def _threads(self) -> AbstractContextManager[None]:
-        return _one_thread() if self._light else nullcontext()
+        return one_thread() if self._light else nullcontext()
 
     def pixels(self, images: Images) -> Tensor:
         """Images as one tensor uint8 [N, H, W, 3] on the CPU."""
@@ -242,17 +241,6 @@ class Detector:
         if not bool(same.all()):
             wrong = (~same).nonzero().flatten().tolist()
             raise GoldenMismatch(f"golden inputs {wrong} get another label or decision than the artifact stores")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch from sharing out the operations of this thread: most are over before another thread is awake."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def check_target(policy: Policy, manifest: Manifest) -> None:
@@ -309,24 +297,6 @@ def _backbone(artifact: Artifact, module: nn.Module | None, device: torch.device
     )
     backbone.release()
     return backbone
-
-
-def return_freed_memory() -> None:
-    """Give the system back what was freed, which glibc would keep: after a model is built, and now and then."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
-def fast_in_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices in bfloat16: every CUDA device, and CPUs with AVX512_BF16, AMX or Arm's.
-
-    A rule rather than a measurement: replicas on the same hardware must decide alike, whatever their neighbours do
-    while they start.
-    """
-    able: dict[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # from torch 2.12 on; before it, fp32 is never wrong
-    return device.type == "cuda" or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _candidates(manifest: Manifest, device: torch.device, asked: str) -> list[Precision]:

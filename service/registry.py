@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from detector.artifact import MANIFEST
-from detector.detector import Detector, return_freed_memory
+from detector.detector import Detector
 from detector.errors import ArtifactCorrupt, ArtifactNotFound, OodgateError, ScoreError
+from detector.machine import return_freed_memory
 from detector.policy import Policy
 from detector.settling import ForwardState, Settling
 from service.errors import ModelNotFound
