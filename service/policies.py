@@ -7,10 +7,10 @@ import logging
 import time
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from detector.policy import Policy
-from service.state import write_whole
+from service.state import read_whole, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +38,8 @@ class Policies:
 
     def read(self, name: str, model_digest: str) -> Policy | None:
         """The policy set for exactly this model; a new version starts from its own."""
-        path = self._directory / f"{name}.json"
-        try:
-            stored = StoredPolicy.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValidationError) as error:
-            log.error("the stored policy cannot be read; the model's own is used", exc_info=error)
+        stored = read_whole(self._directory / f"{name}.json", StoredPolicy, "the model's own policy is used")
+        if stored is None:
             return None
         if stored.model_digest != model_digest:
             log.warning("the stored policy was set for another version; the model's own is used", extra={"model": name})

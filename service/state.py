@@ -3,11 +3,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from service.errors import StateUnwritable
+
+log = logging.getLogger(__name__)
+
+Kept = TypeVar("Kept", bound=BaseModel)
 
 _one_at_a_time = threading.Lock()  # two writers of one file share its partial
 
@@ -24,6 +32,23 @@ def make_folder(path: Path) -> None:
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
+
+
+def read_whole(path: Path, kind: type[Kept], instead: str) -> Kept | None:
+    """What a file keeps; None where there is none, and where it cannot be read, with an error line.
+
+    Args:
+        path: the file.
+        kind: of what it keeps.
+        instead: what is done where it cannot be read, for the line.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValidationError) as error:
+        log.error("%s cannot be read; %s", path.name, instead, exc_info=error)
+        return None
 
 
 def write_whole(path: Path, content: str) -> None:

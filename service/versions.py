@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from service.state import remove, write_whole
-
-log = logging.getLogger(__name__)
+from service.state import read_whole, remove, write_whole
 
 
 class PinnedVersion(BaseModel):
@@ -36,13 +33,8 @@ class PinnedVersions:
 
     def read(self, name: str) -> str | None:
         """The version to serve of a model; None where it is the newest."""
-        try:
-            return PinnedVersion.model_validate_json(self._path(name).read_bytes()).version
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValidationError) as error:
-            log.error("the chosen version cannot be read; the newest is served", extra={"model": name}, exc_info=error)
-            return None
+        pinned = read_whole(self._path(name), PinnedVersion, "the newest version is served")
+        return None if pinned is None else pinned.version
 
     def pin(self, name: str, version: str, changed_by: str) -> None:
         """Remember a version; it is on disk when this returns.
