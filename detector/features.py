@@ -138,15 +138,25 @@ def gather(
     """
     early, inputs = (any(getattr(each.needs, name) for each in gatherers.values()) for name in ("early", "inputs"))
     batches = stream(backbone, dataset, start=start, early=early, inputs=inputs)
+    kinds = [type(gatherer) for gatherer in gatherers.values()]
     for first in range(start, len(dataset), SHARD):
-        parts, ids = {name: type(gatherer)(options) for name, gatherer in gatherers.items()}, []
-        for outputs, labels in islice(batches, ceil(min(SHARD, len(dataset) - first) / BATCH)):
-            for part in parts.values():
-                part.add(outputs, labels)
-            ids.append(known_ids(outputs))
+        shard = islice(batches, ceil(min(SHARD, len(dataset) - first) / BATCH))
+        parts, ids = gather_shard(kinds, options, shard)
         for name, part in parts.items():
             gatherers[name].merge(part)
-        yield torch.cat(ids)
+        yield ids
+
+
+def gather_shard(
+    kinds: Iterable[type[Gatherer]], options: FitOptions, batches: Iterable[tuple[Outputs, Tensor]]
+) -> tuple[dict[str, Gatherer], Tensor]:
+    """What gatherers of these kinds, by name, gather from batches of one shard; and its ids int64 [N]."""
+    parts, ids = {kind.__name__: kind(options) for kind in kinds}, []
+    for outputs, labels in batches:
+        for part in parts.values():
+            part.add(outputs, labels)
+        ids.append(known_ids(outputs))
+    return parts, torch.cat(ids)
 
 
 def fit_scores(

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from detector.backbone import Backbone
 from detector.data import Dataset
 from detector.errors import DataError
-from detector.features import BATCH, SHARD
+from detector.features import BATCH, SHARD, gather_shard
 from detector.images import Preprocessing, image_ids
+from detector.outputs import Outputs
 from detector.scores import FitOptions, Gatherer
 
 Row = dict[str, Any]
@@ -140,20 +141,20 @@ class _Extract:
     def __call__(self, row: Row) -> Row:
         if row["problem"]:
             return {"start": row["start"], "ids": b"", "state": b"", "problem": row["problem"]}
+        parts, ids = gather_shard(self.kinds, self.options, self._batches(row))
+        state = {
+            f"{name}.{key}": value.contiguous()
+            for name, part in parts.items()
+            for key, value in part.progress().items()
+        }
+        return {"start": row["start"], "ids": ids.numpy().tobytes(), "state": save(state), "problem": ""}
+
+    def _batches(self, row: Row) -> Iterator[tuple[Outputs, Tensor]]:
         pixels = np.frombuffer(row["pixels"], np.uint8).reshape(tuple(row["shape"]))
         labels = torch.from_numpy(np.frombuffer(row["labels"], np.int64).copy())
         ids = torch.from_numpy(image_ids(pixels))
-        gatherers = {kind.__name__: kind(self.options) for kind in self.kinds}
         early, inputs = (any(getattr(kind.needs, name) for kind in self.kinds) for name in ("early", "inputs"))
         for first in range(0, len(pixels), BATCH):
             part = slice(first, first + BATCH)
-            batch = torch.from_numpy(pixels[part].copy())
-            outputs = self.backbone.outputs(batch, early=early, inputs=inputs).with_ids(ids[part])
-            for gatherer in gatherers.values():
-                gatherer.add(outputs, labels[part])
-        state = {
-            f"{name}.{key}": value.contiguous()
-            for name, gatherer in gatherers.items()
-            for key, value in gatherer.progress().items()
-        }
-        return {"start": row["start"], "ids": ids.numpy().tobytes(), "state": save(state), "problem": ""}
+            outputs = self.backbone.outputs(torch.from_numpy(pixels[part].copy()), early=early, inputs=inputs)
+            yield outputs.with_ids(ids[part]), labels[part]
