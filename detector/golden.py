@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,19 +17,21 @@ from detector.detector import Detector
 from detector.errors import CalibrationError
 from detector.images import Pixels
 
-POOL, KEPT = 512, 4
+POOL, STRETCH, KEPT = 256, 64, 4  # images drawn at most, judged at a time, kept of each decision
 MARGIN = 10  # tolerances between a golden input and the threshold
 
 
-def draw(height: int, width: int, count: int = POOL, seed: int = 0) -> Pixels:
+def draw(height: int, width: int, count: int, seed: int) -> Pixels:
     """Coloured blobs, coarse to fine: uint8 [count, height, width, 3]."""
+    return np.stack(list(islice(_blobs(height, width, seed), count)))
+
+
+def _blobs(height: int, width: int, seed: int) -> Iterator[Pixels]:
     generator = np.random.default_rng(seed)
-    images = []
-    for _ in range(count):
+    while True:
         cells = int(generator.integers(2, 12))
         coarse = generator.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
-        images.append(np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)))
-    return np.stack(images)
+        yield np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def choose(detectors: list[Detector]) -> Tensor:
@@ -42,14 +47,20 @@ def choose(detectors: list[Detector]) -> Tensor:
         CalibrationError: no drawn image lies clear of the threshold.
     """
     height, width, _ = detectors[0].backbone.input_shape
-    images = draw(height, width)
-    deferred, clear = zip(*(_judged(detector, images) for detector in detectors), strict=True)
-    alike = np.all(clear, axis=0) & (np.ptp(np.array(deferred, dtype=int), axis=0) == 0)
-    chosen = [np.flatnonzero(alike & (deferred[0] == side))[:KEPT] for side in (False, True)]
-    kept = np.concatenate(chosen)
-    if not len(kept):
+    blobs = _blobs(height, width, seed=0)
+    kept: dict[bool, list[Pixels]] = {False: [], True: []}  # by whether they are deferred
+    for _ in range(0, POOL, STRETCH):
+        images = np.stack(list(islice(blobs, STRETCH)))
+        deferred, clear = zip(*(_judged(detector, images) for detector in detectors), strict=True)
+        alike = np.all(clear, axis=0) & (np.ptp(np.array(deferred, dtype=int), axis=0) == 0)
+        for side, chosen in kept.items():
+            chosen.extend(images[alike & (deferred[0] == side)][: KEPT - len(chosen)])
+        if all(len(chosen) == KEPT for chosen in kept.values()):
+            break
+    together = [*kept[False], *kept[True]]
+    if not together:
         raise CalibrationError("no drawn image lies clear of the threshold; the scores hardly vary, check the network")
-    return torch.from_numpy(images[kept])
+    return torch.from_numpy(np.stack(together))
 
 
 def expected(detector: Detector, images: Tensor) -> dict[str, Tensor]:

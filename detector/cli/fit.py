@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,21 +122,18 @@ def fit(
     network = fitting.Network(
         module, prepared, tuple(names), spec=None if archive else spec, early=early_layer, archive=archive
     )
-    held_out = {
-        name: None if path is None else open_dataset(path, prepared, classes=names or None)
-        for name, path in {"calibration": calibration, "tune": tune, "test": test}.items()
-    }
-    calibration_set = held_out["calibration"]
-    assert calibration_set is not None
-    total = len(training) + sum(len(part) for part in held_out.values() if part is not None)
+    opened = partial(open_dataset, preprocessing=prepared, classes=names or None)
+    calibration_set = opened(calibration)
+    tune_set, test_set = (None if path is None else opened(path) for path in (tune, test))
+    total = sum(len(part) for part in (training, calibration_set, tune_set, test_set) if part is not None)
     with progress(total, "fitting") as report:
         manifest = fitting.fit(
             network,
             training,
             calibration_set,
             out,
-            tune=held_out["tune"],
-            test=held_out["test"],
+            tune=tune_set,
+            test=test_set,
             options=FitOptions(
                 bank_size=bank_size,
                 generator=ood_prototype,
