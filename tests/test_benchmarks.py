@@ -36,7 +36,7 @@ def test_training_writes_weights_and_goes_on_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = toy_images(64, seed=1)
-    monkeypatch.setattr(train, "split", lambda: {"fit": known})
+    monkeypatch.setattr(train, "split", lambda _: {"fit": known})
     monkeypatch.setattr(train, "load", lambda name: toy_images(20, seed=2))
     args = argparse.Namespace(
         out=tmp_path,
@@ -45,6 +45,9 @@ def test_training_writes_weights_and_goes_on_after_an_interruption(
         batch_size=16,
         lr=0.1,
         weight_decay=5e-4,
+        held_out=5,
+        small_epochs=1,
+        whole_epochs=1,
         seed=0,
         device="cpu",
     )
@@ -55,6 +58,9 @@ def test_training_writes_weights_and_goes_on_after_an_interruption(
     train.train(args)  # nothing is left to train: the weights come from the checkpoint
     _, spec, _ = load_network(parse_spec("cifar_resnet18"), str(tmp_path / "weights.safetensors"))
     assert (spec.width, spec.num_classes) == (8, 10)
+    args.lr = 0.2
+    with pytest.raises(SystemExit, match="another recipe"):
+        train.train(args)
 
 
 def test_only_what_stands_between_the_markers_is_replaced() -> None:

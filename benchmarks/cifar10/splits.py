@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CIFAR-10 training images in three disjoint parts: fit 40,000, tune 5,000, calibration 5,000.
+"""The CIFAR-10 training images in three disjoint parts: as a rule fit 40,000, tune 5,000, calibration 5,000.
 
 Images are ordered by their digest, so the parts do not depend on the order of the files and two copies of one image
 always fall on the same side. The order has nothing to do with the content: the parts are a random split.
@@ -16,12 +16,16 @@ from detector.images import image_ids
 HELD_OUT = 5_000
 
 
-def split() -> dict[str, tuple[Images, Labels]]:
-    """The parts by name, each with its images uint8 [N, 32, 32, 3] and labels int64 [N]."""
+def split(held_out: int = HELD_OUT) -> dict[str, tuple[Images, Labels]]:
+    """The parts by name, each with its images uint8 [N, 32, 32, 3] and labels int64 [N].
+
+    Args:
+        held_out: images of tune and of calibration, each.
+    """
     images, labels = load("cifar10-train")
     ids = image_ids(images)
     order = np.argsort(ids, kind="stable")
-    bounds = {"calibration": (0, HELD_OUT), "tune": (HELD_OUT, 2 * HELD_OUT), "fit": (2 * HELD_OUT, len(order))}
+    bounds = {"calibration": (0, held_out), "tune": (held_out, 2 * held_out), "fit": (2 * held_out, len(order))}
     parts = {name: order[start:stop] for name, (start, stop) in bounds.items()}
     _refuse_shared_images(ids, parts)
     return {name: (images[part], labels[part]) for name, part in parts.items()}

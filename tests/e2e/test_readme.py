@@ -28,7 +28,7 @@ from tests.e2e.server import free_port
 from tests.helpers import ROOT, TOY_CLASSES, encoded, toy_images
 
 README = (ROOT / "README.md").read_text()
-SETS = (("train", 60, 1), ("held-out", 80, 2), ("test", 40, 3), ("tune", 40, 6))
+SETS = (("train", 40, 1), ("held-out", 60, 2), ("test", 20, 3), ("tune", 20, 6))
 SPEC = NetworkSpec(kind="torchvision", name="resnet18", num_classes=len(TOY_CLASSES))
 
 
@@ -73,7 +73,7 @@ def write_user_files(mine: Path) -> None:
     sets = {name: toy_images(n, seed) for name, n, seed in SETS}
     for name, (images, labels) in sets.items():
         write_images(mine / name, images, [TOY_CLASSES[label] for label in labels])
-    write_images(mine / "production", toy_images(90, 4)[0])
+    write_images(mine / "production", toy_images(75, 4)[0])
     write_images(mine / "strange", np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
     (mine / "photo.jpg").write_bytes(encoded(toy_images(1, 5)[0][0], "JPEG"))
     (mine / "classes.txt").write_text("\n".join(TOY_CLASSES))
@@ -144,7 +144,7 @@ def test_fitting_calibrating_and_evaluating_ones_own_classifier(workplace: Workp
     assert "promise" in fitted
     assert "mine/photo.jpg" in fitted
     moved = workplace.run(block("sh", "oodgate calibrate"))
-    assert "calibrated   on 72 images of mine/production" in moved
+    assert "calibrated   on 60 images of mine/production" in moved
     assert "| noise (other) | 20 |" in moved
 
 
