@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated
@@ -41,6 +42,7 @@ class Context:
     registry: Registry
     engine: Engine
     decoders: ThreadPoolExecutor
+    decodable: asyncio.Semaphore  # taken from before an image is decoded until it is judged
     tokens: Tokens
     lifecycle: Lifecycle
     audit: Audit | NoAudit

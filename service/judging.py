@@ -234,13 +234,18 @@ async def _judge(context: Context, model: ServedModel, picture: Picture, started
         sent = picture if isinstance(picture, bytes) else np.ascontiguousarray(picture).data
         return image, hashlib.sha256(sent).hexdigest(), time.monotonic() - began
 
+    async def answered(image: Pixels, sha256: str, decode_s: float) -> Judged:
+        context.metrics.stage["decode"].observe(decode_s)
+        answer = await context.engine.judge(model, image, deadline)
+        return Judged(answer, sha256, decode_s, time.monotonic() - started)
+
     if isinstance(picture, bytes) and is_small(picture, preprocessing):
-        image, sha256, decode_s = prepared(None)  # the way to a device and back would take longer
-    else:
-        image, sha256, decode_s = await in_decoder(context, deadline, partial(prepared, context.jpegs))
-    context.metrics.stage["decode"].observe(decode_s)
-    answer = await context.engine.judge(model, image, deadline)
-    return Judged(answer, sha256, decode_s, time.monotonic() - started)
+        return await answered(*prepared(None))  # the way to a device and back would take longer
+    await by(context, deadline, context.decodable.acquire())
+    try:
+        return await answered(*await in_decoder(context, deadline, partial(prepared, context.jpegs)))
+    finally:
+        context.decodable.release()
 
 
 def _audited(asker: Asker, model: ServedModel, judged: Judged) -> dict[str, Any]:

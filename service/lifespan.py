@@ -33,6 +33,7 @@ from service.watch import Watch
 
 log = logging.getLogger(__name__)
 
+DECODED_BATCHES = 4  # that may be decoded or under way at a time: what waits beyond them takes less memory encoded
 LAG_EVERY_S = 0.25
 SAVE_EVERY_S = 30  # seconds of drift evidence that a crash may cost
 
@@ -62,6 +63,7 @@ async def running(settings: Settings, metrics: Metrics, tokens: Tokens, lifecycl
             registry,
             engine,
             decoders,
+            asyncio.Semaphore(DECODED_BATCHES * settings.max_batch),
             tokens,
             lifecycle,
             audit,

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from detector.detector import Scored
-from detector.images import decode
+from detector.images import Pixels, decode
 from detector.policy import Decider, Verdict
-from service import Settings
+from service import Settings, judging
 from tests.e2e.server import Process
 from tests.faults import scenarios
 from tests.faults.wire import connected, open_files, request, resident_bytes
-from tests.helpers import GOOD
+from tests.helpers import GOOD, encoded, photo
 from tests.service.conftest import serving
 from tests.service.test_verdict import PNG
 
@@ -80,6 +80,34 @@ def test_what_was_asked_by_somebody_who_left_is_not_computed(toy_models: Path, m
         assert judged == [1, 1]
         labels = {"handler": scenarios.VERDICT, "method": "POST"}
         assert running.metric("oodgate_http_requests_total", status="499", **labels) == 1
+
+
+def test_what_waits_beyond_four_batches_waits_encoded(toy_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [("file", encoded(photo(300, 200, seed))) for seed in range(12)]
+    decoded: list[int] = []  # images judged before each
+    judged, four = list[int](), threading.Event()
+
+    def counted(*args: Any) -> Pixels:
+        decoded.append(len(judged))
+        if len(decoded) == 4:
+            four.set()
+        return decode(*args)
+
+    with serving(Settings(models=toy_models, max_batch=1)) as running:
+        detector = running.context.registry.get().detector
+        finish = detector.finish_judging
+
+        def finished(scored: Scored, decider: Decider) -> list[Verdict]:
+            assert four.wait(60)
+            judged.append(1)
+            return finish(scored, decider)
+
+        monkeypatch.setattr(detector, "finish_judging", finished)
+        monkeypatch.setattr(judging, "decode", counted)
+        answer = running.client.post(scenarios.VERDICT, files=files)
+    assert {verdict["decision"] for verdict in answer.json()["verdicts"]} <= {"accept", "defer"}
+    assert len(decoded) == len(judged) == len(files)
+    assert all(before - answered < 4 for before, answered in enumerate(decoded))
 
 
 def test_bodies_that_never_end_are_given_up_and_harm_nobody(toy_models: Path) -> None:

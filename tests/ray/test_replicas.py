@@ -97,7 +97,7 @@ def test_every_configuration_is_one_that_ray_reads_and_the_service_too(name: str
 def test_a_cluster_shares_its_cores_out_and_grows_by_whole_batches() -> None:
     _, options, settings = config("serve_config")
     assert settings.decode_threads + settings.torch_threads == options["ray_actor_options"]["num_cpus"]
-    assert options["autoscaling_config"]["target_ongoing_requests"] == settings.max_batch
+    assert options["autoscaling_config"]["target_ongoing_requests"] == 2 * settings.max_batch  # of a CPU
     assert not settings.allow_open
 
 
