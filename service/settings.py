@@ -129,7 +129,9 @@ class Settings(BaseSettings):
         default=0.0, ge=0, description="Seconds after SIGTERM in which work is still taken, not ready any more."
     )
     engine_stall_s: float = Field(default=60.0, ge=5, description="Seconds in one batch after which liveness fails.")
-    decode_threads: int = Field(default=max(1, CORES // 2), ge=1, description="Threads that decode images.")
+    decode_threads: int = Field(
+        default=CORES if CORES <= 2 else CORES // 2, ge=1, description="Threads that decode images."
+    )
     torch_threads: int = Field(
         default=CORES if CORES <= 2 else CORES - CORES // 2, ge=1, description="Threads of one forward pass on the CPU."
     )
