@@ -2,10 +2,11 @@
 """What one request costs oodgate: CPU time of each thread, then of each function on the event loop.
 
     python -m benchmarks.serving.cost --workload N
+    python -m benchmarks.serving.cost --workload B --precision auto
 
 Both are CPU clocks of threads, so that a neighbour on the machine does not show. The second run is under cProfile,
 which makes small functions look larger than they are: read it for shares, and the first for times. Writes
-benchmarks/serving/results/cost-N.txt.
+benchmarks/serving/results/cost-N.txt, named for the workload.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import uvicorn
 
 from benchmarks.serving import load, networks
 from benchmarks.serving.results import RESULTS
-from benchmarks.serving.run import SATURATED, WARM_S
+from benchmarks.serving.run import PRECISIONS, SATURATED, WARM_S
 from benchmarks.serving.servers import COSTED, running, stop_cleanly
 from benchmarks.serving.workloads import BUILD, ROOT, WORKLOADS, Workload
 from detector.cli import main as serve
@@ -67,23 +68,24 @@ def _cpu_seconds(thread: threading.Thread) -> float:
     return time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0))
 
 
-def measure(workload: Workload, seconds: float) -> str:
+def measure(workload: Workload, precision: str, seconds: float) -> str:
     """The report, as text."""
-    requests = _run(workload, seconds)
+    requests = _run(workload, precision, seconds)
     threads = json.loads(THREADS.read_text())
-    lines = [f"workload {workload.letter}, concurrency {SATURATED}, {requests:.0f} requests", ""]
+    head = f"workload {workload.letter}, precision {precision}, concurrency {SATURATED}, {requests:.0f} requests"
+    lines = [head, ""]
     lines += ["microseconds of CPU per request, by thread"]
     lines += [
         f"{1e6 * used / requests:9.1f}  {name}" for name, used in sorted(threads.items(), key=lambda item: -item[1])
     ]
     os.environ[ASKED] = "1"
-    profiled = _run(workload, seconds)
+    profiled = _run(workload, precision, seconds)
     lines += ["", "microseconds per request on the event loop, under cProfile"]
     return "\n".join([*lines, _functions(profiled), ""])
 
 
-def _run(workload: Workload, seconds: float) -> float:
-    with running(COSTED, workload, "fp32") as live:
+def _run(workload: Workload, precision: str, seconds: float) -> float:
+    with running(COSTED, workload, precision) as live:
         return sum(load.closed(live, SATURATED, each)["images"] for each in (WARM_S, seconds))
 
 
@@ -113,12 +115,13 @@ def _where(file: str, line: int, name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--workload", choices=WORKLOADS, default="N")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--seconds", type=float, default=8)
     args = parser.parse_args()
     workload = WORKLOADS[args.workload]
     networks.ensure(workload)
     stop_cleanly()
-    report = measure(workload, args.seconds)
+    report = measure(workload, args.precision, args.seconds)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"cost-{workload.letter}.txt").write_text(report)
     print(report)
