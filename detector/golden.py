@@ -17,7 +17,7 @@ from detector.detector import Detector
 from detector.errors import CalibrationError
 from detector.images import Pixels
 
-POOL, STRETCH, KEPT = 256, 64, 4  # images drawn at most, judged at a time, kept of each decision
+POOL, STRETCH, KEPT = 512, 64, 4  # images drawn at most, judged at a time, kept of each decision
 MARGIN = 10  # tolerances between a golden input and the threshold
 
 

@@ -6,7 +6,7 @@
 
 Both are CPU clocks of threads, so that a neighbour on the machine does not show. The second run is under cProfile,
 which makes small functions look larger than they are: read it for shares, and the first for times. Writes
-benchmarks/serving/results/cost-N.txt, named for the workload.
+benchmarks/serving/results/cost-WORKLOAD.txt.
 """
 
 from __future__ import annotations
