@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 RESULTS, PUBLISHED = HERE / "results", HERE / "published.toml"
 MODEL = Path("models/cifar10/1")
 DOCUMENT, METHODS = Path("docs/results.md"), Path("docs/methods.md")
-CONFIRMATION = ("embedded", "wide", "densenet_cifar10", "densenet_cifar100")
+CONFIRMATION = ("embedded", "densenet_cifar10", "densenet_cifar100")
 DEVELOPMENT = ("resnet20", "resnet56")
 SAMPLED = tuple(
     f"{name}-{kind}" for name in (*CONFIRMATION, *DEVELOPMENT) for kind in ("backward", "lowdim", "lowdim_average")
@@ -31,7 +31,6 @@ SAMPLED = tuple(
 PRODUCTS = ("embedded-products", "resnet20-products")
 TITLES = {
     "embedded": "the embedded ResNet-18, CIFAR-10",
-    "wide": "our ResNet-18 of width 64, CIFAR-10",
     "densenet_cifar10": "DenseNet-BC-100-12, CIFAR-10",
     "densenet_cifar100": "DenseNet-BC-100-12, CIFAR-100",
     "resnet20": "ResNet-20, CIFAR-10",
