@@ -23,6 +23,7 @@ from detector.errors import BackboneError, DataError, NonFiniteFeatures, TapNotF
 from detector.forward import UNDISTURBED, Forward, Precision as Precision
 from detector.images import Preprocessing
 from detector.outputs import Outputs
+from detector.sharing import shared_out
 from detector.staging import Staging
 
 Mode = Literal["eager", "compiled"]
@@ -35,7 +36,10 @@ EARLY_CANDIDATES = (
 
 
 class Run(Protocol):
-    """A form of the network: uint8 [N, H, W, 3] on the device -> logits [N, C], penultimate [N, D], float32."""
+    """A form of the network: uint8 [N, H, W, 3] on the device -> logits [N, C], penultimate [N, D], float32.
+
+    Where it has an attribute `reentrant` that is true, threads may run it at the same time.
+    """
 
     def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor]: ...
 
@@ -158,7 +162,8 @@ class Backbone:
                 on_device = images if self._staging is None else self._staging.upload(images)
                 forward, tapped = self.forward, None  # made before it runs: making it may trace
                 with UNDISTURBED.running():
-                    logits, penultimate = forward(on_device)
+                    shared = self.device.type == "cpu" and getattr(forward, "reentrant", False)
+                    logits, penultimate = shared_out(forward, on_device) if shared else forward(on_device)
         _refuse_non_finite(logits)
         return Outputs(logits, penultimate, tapped, inputs=images if inputs else None)
 

@@ -34,6 +34,7 @@ class CompiledForward:
 
     Args:
         libraries: by batch size, among them 1, shared libraries of AOTInductor that run on the CPU.
+        callers: threads that may run it at the same time; more of them wait.
 
     Input: uint8 [N, H, W, 3], N > 0. Output: logits float32 [N, C], penultimate float32 [N, D].
 
@@ -41,8 +42,10 @@ class CompiledForward:
         BackboneError: a library cannot be loaded; or, at a call, one failed.
     """
 
-    def __init__(self, libraries: Mapping[int, Path]) -> None:
-        self._libraries = {size: _Library(libraries[size]) for size in sorted(libraries, reverse=True)}
+    reentrant = True
+
+    def __init__(self, libraries: Mapping[int, Path], callers: int = 1) -> None:
+        self._libraries = {size: _Library(libraries[size], callers) for size in sorted(libraries, reverse=True)}
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         images = images.contiguous()
@@ -57,7 +60,7 @@ class CompiledForward:
 
 
 class _Library:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, callers: int) -> None:
         self._container = ctypes.c_void_p()
         try:
             self._code = ctypes.CDLL(str(path))
@@ -66,7 +69,7 @@ class _Library:
             create = self._code.AOTInductorModelContainerCreateWithDevice
         except (OSError, AttributeError) as error:
             raise BackboneError(f"{path} cannot be loaded: {error}") from error
-        if create(ctypes.byref(self._container), ctypes.c_size_t(1), b"cpu", None):
+        if create(ctypes.byref(self._container), ctypes.c_size_t(callers), b"cpu", None):
             raise BackboneError(f"{path} cannot be started; torch printed why")
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:

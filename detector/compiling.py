@@ -34,7 +34,7 @@ from detector.detector import Detector
 from detector.errors import BackboneError
 from detector.golden import draw
 
-SIZES = (1, 4, 16)  # of batches: each costs its weights in memory again, and larger ones are no faster an image
+SIZES = (1, 4, 8)  # of batches: each costs its weights in memory again, and larger ones are no faster an image
 MOVES = "moves.json"
 DRAWN = 128  # images whose scores are compared
 SAFETY = 4  # times the largest move seen
@@ -46,7 +46,7 @@ class Job(BaseModel):
     Args:
         model: a model directory.
         precision: one that it was calibrated in.
-        threads: of one forward pass; fixed in the compiled code.
+        threads: the most that will run one forward pass together.
         out: the directory to make.
         niceness: of the process; 19 yields to everybody else on the machine.
     """
@@ -107,7 +107,9 @@ def _compiled(detector: Detector, size: int, threads: int) -> Path:
     try:
         with torch.no_grad():
             program = torch.export.export(network, (images,), strict=False)
-            options = {"freezing": True, "cpp.threads": threads, "compile_threads": 1}
+            # The threads are counted when it runs: a piece of a large batch has fewer than a small batch.
+            threading_options = {"cpp.threads": threads, "cpp.dynamic_threads": True}
+            options = {"freezing": True, "compile_threads": 1, **threading_options}
             library = Path(str(torch._inductor.aot_compile(program.module(), (images,), options=options)))
     except Exception as error:  # export and compiler raise many kinds, all meaning the same here
         lines = str(error).splitlines()

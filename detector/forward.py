@@ -99,7 +99,7 @@ class Forward(nn.Module):
         super().__init__()
         self.head, self.autocast = head, precision == "bf16"
         traced = _without_head(module, head)
-        self.folded = traced is not None
+        self.folded = self.reentrant = traced is not None
         self.network: nn.Module = _Watched(module, head) if traced is None else traced
         if self.autocast and traced is not None:
             _store_as_bfloat16(traced)

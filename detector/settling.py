@@ -52,6 +52,7 @@ class Settling:
         model: its directory.
         directory: where compiled forwards are kept between starts; None compiles nothing, nor does a CUDA device.
         hand_over: told, once and on another thread, of the detector that is to serve from now on.
+        threads: of torch where the model serves; as many as this thread has where None.
         niceness: of the compiling process; 19 takes only what the server leaves.
     """
 
@@ -62,9 +63,11 @@ class Settling:
         directory: Path | None,
         hand_over: Callable[[Detector], None],
         *,
+        threads: int | None = None,
         niceness: int = 19,
     ) -> None:
         self._detector, self._model, self._hand_over = detector, model, hand_over
+        self._threads = threads or torch.get_num_threads()
         self._directory = None if directory is None else directory.absolute()  # the compiler runs elsewhere
         self._niceness = niceness
         backbone = detector.backbone
@@ -105,6 +108,7 @@ class Settling:
     def _settle(self) -> None:
         told = {"model": self._detector.manifest.name, "version": self._detector.manifest.version}
         mode = self._state.mode
+        torch.set_num_threads(self._threads)  # else it has as many as another thread set for itself just now
         try:
             detector = self._compiled()
             if self._closed:
@@ -127,17 +131,16 @@ class Settling:
             raise AssertionError("nothing is compiled without a directory")
         _make_private(self._directory)
         family = f"{manifest.name}-{precision}-"
-        threads = torch.get_num_threads()
-        out = self._directory / f"{family}{compiling.key(manifest, precision, threads)}"
+        out = self._directory / f"{family}{compiling.key(manifest, precision, self._threads)}"
         if not out.is_dir():
             self._compile(
-                Job(model=self._model, precision=precision, threads=threads, out=out, niceness=self._niceness)
+                Job(model=self._model, precision=precision, threads=self._threads, out=out, niceness=self._niceness)
             )
         for other in self._directory.glob(f"{family}*"):
             if other != out:
                 shutil.rmtree(other, ignore_errors=True)  # of an earlier version, or another torch
         try:
-            forward, moves = CompiledForward(compiling.libraries(out)), compiling.moves(out)
+            forward, moves = CompiledForward(compiling.libraries(out), self._threads), compiling.moves(out)
         except (BackboneError, OSError, ValueError):
             shutil.rmtree(out)  # damaged: the next start makes it again
             raise
