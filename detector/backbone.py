@@ -114,6 +114,13 @@ class Backbone:
     @cached_property
     def forward(self) -> Run:
         """The form of the network that gives plain outputs."""
+        form = self.lean()
+        if self.device.type == "cpu":
+            form.pack()
+        return form
+
+    def lean(self) -> Forward:
+        """The lean form of the network, which a compiler can take."""
         return Forward(self.module, self.head, self.weight, self.bias, self.preprocessing, self.precision)
 
     def with_forward(self, forward: Run, mode: Mode) -> Self:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from detector import artifact as artifacts, compiled, forward
 from detector.artifact import Manifest
@@ -32,6 +33,7 @@ from detector.backbone import Precision
 from detector.compiled import CompiledForward
 from detector.detector import Detector
 from detector.errors import BackboneError
+from detector.forward import Forward
 from detector.golden import draw
 
 SIZES = (1, 4, 8)  # of batches: each costs its weights in memory again, and larger ones are no faster an image
@@ -88,10 +90,12 @@ def run(job: Job) -> None:
     """
     artifact = artifacts.load(job.model)
     eager = Detector.from_artifact(artifact, torch.device("cpu"), job.precision)
+    network = eager.backbone.lean()
     partial = Path(tempfile.mkdtemp(dir=job.out.parent, prefix=f"{job.out.name}.partial-"))
     try:
         for size, path in libraries(partial).items():
-            shutil.copyfile(_compiled(eager, size, job.threads), path)
+            blank = torch.zeros(size, *eager.backbone.input_shape, dtype=torch.uint8)
+            shutil.copyfile(_compiled(network, blank, job.threads), path)
         settled = eager.with_forward(CompiledForward(libraries(partial)), {})
         settled.self_test(artifact.golden)
         (partial / MOVES).write_text(json.dumps(_moves(eager, settled)))
@@ -101,16 +105,15 @@ def run(job: Job) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _compiled(detector: Detector, size: int, threads: int) -> Path:
-    images = torch.zeros(size, *detector.backbone.input_shape, dtype=torch.uint8)
-    network: Any = detector.backbone.forward
+def _compiled(network: Forward, images: Tensor, threads: int) -> Path:
     try:
         with torch.no_grad():
             program = torch.export.export(network, (images,), strict=False)
             # The threads are counted when it runs: a piece of a large batch has fewer than a small batch.
             threading_options = {"cpp.threads": threads, "cpp.dynamic_threads": True}
             options = {"freezing": True, "compile_threads": 1, **threading_options}
-            library = Path(str(torch._inductor.aot_compile(program.module(), (images,), options=options)))
+            module: Any = program.module()
+            library = Path(str(torch._inductor.aot_compile(module, (images,), options=options)))
     except Exception as error:  # export and compiler raise many kinds, all meaning the same here
         lines = str(error).splitlines()
         why = next((line for line in lines if "error: " in line), lines[0])  # of the C++ compiler, where it spoke

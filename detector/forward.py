@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from detector.errors import BackboneError
 from detector.images import Preprocessing
+from detector.packing import can_pack, pack
 
 Precision = Literal["fp32", "bf16"]
 
@@ -97,7 +98,7 @@ class Forward(nn.Module):
         precision: Precision,
     ) -> None:
         super().__init__()
-        self.head, self.autocast = head, precision == "bf16"
+        self.head, self.autocast, self.crop = head, precision == "bf16", preprocessing.crop
         traced = _without_head(module, head)
         self.folded = self.reentrant = traced is not None
         self.network: nn.Module = _Watched(module, head) if traced is None else traced
@@ -107,6 +108,16 @@ class Forward(nn.Module):
         for name, value in (("mean", scale[0]), ("std", scale[1]), ("weight", weight), ("bias", bias)):
             self.register_buffer(name, value.detach())
         self.train(False)
+
+    def pack(self) -> None:
+        """Make it as fast as this CPU can run it eagerly, where that is known; then it can be exported no more."""
+        if not isinstance(self.network, fx.GraphModule) or not can_pack(
+            torch.bfloat16 if self.autocast else torch.float32
+        ):
+            return
+        example = torch.zeros(2, 3, *self.crop).contiguous(memory_format=torch.channels_last)
+        with UNDISTURBED.running(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            pack(self.network, example)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std

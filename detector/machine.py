@@ -38,3 +38,8 @@ def fast_in_bfloat16(device: torch.device) -> bool:
     ask = getattr(torch.cpu, "get_capabilities", dict)  # from torch 2.12 on; before it, fp32 is never wrong
     able: dict[str, Any] = ask()
     return device.type == "cuda" or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def has_onednn() -> bool:
+    """Whether torch was built with oneDNN."""
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call] # missing from torch's stubs

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from detector.backbone import Backbone
+from detector.machine import has_onednn
 from detector.outputs import Outputs
 from detector.scores import index
 from detector.scores.base import Gatherer, Score, State, register
@@ -83,17 +84,13 @@ def in_parts(work: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor
 
 def products(rows: Tensor, queries: Tensor) -> Tensor:
     """Inner products, float32 [B, N] with the queries next to each other, of rows [B, D] and queries [N, D]."""
-    if rows.device.type != "cpu" or len(queries) < FEW or not _has_onednn():
+    if rows.device.type != "cpu" or len(queries) < FEW or not has_onednn():
         return rows @ queries.T
     # A 1 x 1 convolution is the same product, but oneDNN's: twice as fast as MKL's where MKL does not use AVX-512 (on
     # AMD). Dilation says nothing about a 1 x 1 kernel; on one thread torch passes such a kernel to oneDNN only with it.
     image = rows[None, None].permute(0, 3, 1, 2)
     convolved: Tensor = torch.nn.functional.conv2d(image, queries[:, :, None, None], dilation=2)
     return convolved[0, :, 0].T
-
-
-def _has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call] # missing from torch's stubs
 
 
 def smallest(keys: Tensor, wanted: int) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ def test_a_network_that_cannot_be_traced_runs_as_it_is() -> None:
 
 def test_bfloat16_weights_are_kept_in_bfloat16() -> None:
     backbone = Backbone(CifarResNet18(5, 8), CIFAR_PREPROCESSING, precision="bf16")
-    kinds = {part.weight.dtype for part in lean(backbone).network.modules() if isinstance(part, nn.Conv2d)}
+    kinds = {part.weight.dtype for part in backbone.lean().network.modules() if isinstance(part, nn.Conv2d)}
     assert kinds == {torch.bfloat16}
     assert backbone.outputs(images()).penultimate.dtype == torch.float32
 

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolutions as oneDNN wants them on a CPU: weights laid out once, what follows a convolution done in the same step.
+
+Eager torch lays the weights out anew at every call, which is half the time of a single small image. The operators are
+those that torch's own compiler calls; none of them rounds otherwise than the plain form does. But oneDNN's ReLU makes
+NaN 0: a network with a weight that is no number would answer, so it is left as it is, and its NaN is found.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes import shape_prop
+
+from detector.machine import has_onednn
+
+RELUS = (nn.functional.relu, torch.relu, "relu", "relu_")
+SUMS = (operator.add, operator.iadd, torch.add)
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this machine has the operators for that dtype: float32, or bfloat16 where the processor multiplies it."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return False
+    operators: Any = torch.ops.mkldnn
+    needed = ("_convolution_pointwise", "_reorder_convolution_weight", "_is_mkldnn_bf16_supported")
+    if not has_onednn() or not all(hasattr(operators, name) for name in needed):
+        return False
+    return dtype == torch.float32 or bool(operators._is_mkldnn_bf16_supported())
+
+
+def pack(network: fx.GraphModule, example: Tensor) -> None:
+    """Replace a traced network's convolutions, and the ReLUs and sums of two tensors that follow them.
+
+    Nothing is replaced where a weight is not finite.
+
+    A sum is only taken along in float32: in bfloat16 the convolution is rounded before it is added.
+
+    Args:
+        network: in eval mode, changed in place.
+        example: float32 [N, 3, H, W] of any content; the weights are laid out for its size.
+    """
+    if not all(bool(torch.isfinite(weight).all()) for weight in network.state_dict().values()):
+        return
+    propagation: Any = shape_prop.ShapeProp
+    propagation(network).propagate(example)
+    for node in list(network.graph.nodes):
+        module = _module(network, node)
+        if type(module) is nn.Conv2d and _can_be_packed(module):
+            _replace(network, node, module)
+    network.delete_all_unused_submodules()
+    network.recompile()
+
+
+def _can_be_packed(convolution: nn.Conv2d) -> bool:
+    known = convolution.weight.dtype in (torch.float32, torch.bfloat16)
+    return known and convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
+
+
+class PackedConv2d(nn.Module):
+    """A convolution, then the sum with another tensor and the ReLU where they were asked for."""
+
+    def __init__(self, convolution: nn.Conv2d, size: torch.Size, *, relu: bool) -> None:
+        super().__init__()
+        self._geometry = tuple(map(list, (convolution.padding, convolution.stride, convolution.dilation)))
+        self._groups, self._relu, self._dtype = convolution.groups, relu, convolution.weight.dtype
+        lay_out: Any = torch.ops.mkldnn._reorder_convolution_weight
+        # Plain attributes: an opaque tensor takes no part in what modules do with their buffers.
+        self._weight = lay_out(convolution.weight.detach(), *self._geometry, self._groups, list(size))
+        self._bias = None if convolution.bias is None else convolution.bias.detach()
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        operators: Any = torch.ops.mkldnn._convolution_pointwise
+        given = (self._weight, self._bias, *self._geometry, self._groups)
+        x = x.to(self._dtype)
+        if other is None:
+            alone: Tensor = operators(x, *given, "relu" if self._relu else "none", [], "")
+            return alone
+        summed: Tensor = operators.binary(x, other, *given, "add", 1.0, "relu" if self._relu else None, [], "")
+        return summed
+
+
+def _replace(network: fx.GraphModule, node: fx.Node, convolution: nn.Conv2d) -> None:
+    (image,) = node.all_input_nodes
+    replaced, given = [node], [image]
+    add = _only_user(node)
+    if convolution.weight.dtype == torch.float32 and add is not None and _is_sum_of_equals(add):
+        given += [other for other in add.all_input_nodes if other is not node]
+        replaced.append(add)
+    following = _only_user(replaced[-1])
+    relu = following is not None and _is_relu(network, following)
+    if following is not None and relu:
+        replaced.append(following)
+    last, path = replaced[-1], f"packed_{node.name}"
+    network.add_submodule(path, PackedConv2d(convolution, image.meta["tensor_meta"].shape, relu=relu))
+    with network.graph.inserting_before(last):
+        packed = network.graph.call_module(path, tuple(given))
+    packed.meta = dict(last.meta)
+    last.replace_all_uses_with(packed)
+    for dead in reversed(replaced):
+        network.graph.erase_node(dead)
+
+
+def _is_sum_of_equals(node: fx.Node) -> bool:
+    """Whether it adds two tensors of one shape and dtype, which are not the same tensor."""
+    if node.op != "call_function" or node.target not in SUMS or node.kwargs or len(node.all_input_nodes) != 2:
+        return False
+    seen = [part.meta.get("tensor_meta") for part in (node, *node.all_input_nodes)]
+    return len({part and (part.shape, part.dtype) for part in seen}) == 1
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_relu(network: fx.GraphModule, node: fx.Node) -> bool:
+    return node.target in RELUS or type(_module(network, node)) is nn.ReLU
+
+
+def _module(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return network.get_submodule(str(node.target)) if node.op == "call_module" else None
