@@ -29,6 +29,8 @@ from detector.staging import Staging
 Mode = Literal["eager", "compiled"]
 T = TypeVar("T")
 
+SHARED_FROM = 50_000  # weights; a smaller network is done before a second thread is awake
+
 # The first that exists: ResNets, then MobileNets, ConvNeXt and Swin of torchvision, ViT, then the names of timm.
 EARLY_CANDIDATES = (
     "layer1", "features.1", "encoder.layers.encoder_layer_2", "stages.0", "layers.0", "blocks.0",
@@ -99,6 +101,8 @@ class Backbone:
         self.bias: Tensor = bias.float() if isinstance(bias, Tensor) else self.weight.new_zeros(len(self.weight))
         self.early = early or self._find_early()
         self._layer(self.early)
+        weights = sum(parameter.numel() for parameter in module.parameters())
+        self._shared_out = self.device.type == "cpu" and weights >= SHARED_FROM
         self._staging = Staging(self.input_shape, self.device) if self.device.type == "cuda" else None
         self._one_at_a_time = threading.Lock()  # hooks live on the module: two passes at once would mix their taps
 
@@ -169,8 +173,10 @@ class Backbone:
                 on_device = images if self._staging is None else self._staging.upload(images)
                 forward, tapped = self.forward, None  # made before it runs: making it may trace
                 with UNDISTURBED.running():
-                    shared = self.device.type == "cpu" and getattr(forward, "reentrant", False)
-                    logits, penultimate = shared_out(forward, on_device) if shared else forward(on_device)
+                    if self._shared_out and getattr(forward, "reentrant", False):
+                        logits, penultimate = shared_out(forward, on_device)
+                    else:
+                        logits, penultimate = forward(on_device)
         _refuse_non_finite(logits)
         return Outputs(logits, penultimate, tapped, inputs=images if inputs else None)
 

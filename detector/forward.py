@@ -115,7 +115,7 @@ class Forward(nn.Module):
             torch.bfloat16 if self.autocast else torch.float32
         ):
             return
-        example = torch.zeros(2, 3, *self.crop).contiguous(memory_format=torch.channels_last)
+        example = torch.zeros(1, 3, *self.crop).contiguous(memory_format=torch.channels_last)
         with UNDISTURBED.running(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             pack(self.network, example)
 

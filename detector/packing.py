@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes import shape_prop
 
 from detector.machine import has_onednn
 
 RELUS = (nn.functional.relu, torch.relu, "relu", "relu_")
 SUMS = (operator.add, operator.iadd, torch.add)
+OPERATORS = (
+    "_convolution_pointwise", "_get_mkldnn_serialized_md", "_is_mkldnn_bf16_supported", "_reorder_convolution_weight",
+)  # fmt: skip
+
+_Seen = dict[fx.Node, tuple[torch.Size, torch.dtype]]
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -26,8 +30,7 @@ def can_pack(dtype: torch.dtype) -> bool:
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return False
     operators: Any = torch.ops.mkldnn
-    needed = ("_convolution_pointwise", "_reorder_convolution_weight", "_is_mkldnn_bf16_supported")
-    if not has_onednn() or not all(hasattr(operators, name) for name in needed):
+    if not has_onednn() or not all(hasattr(operators, name) for name in OPERATORS):
         return False
     return dtype == torch.float32 or bool(operators._is_mkldnn_bf16_supported())
 
@@ -41,18 +44,30 @@ def pack(network: fx.GraphModule, example: Tensor) -> None:
 
     Args:
         network: in eval mode, changed in place.
-        example: float32 [N, 3, H, W] of any content; the weights are laid out for its size.
+        example: float32 [N, 3, H, W] of any content, of the size of the images to come.
     """
     if not all(bool(torch.isfinite(weight).all()) for weight in network.state_dict().values()):
         return
-    propagation: Any = shape_prop.ShapeProp
-    propagation(network).propagate(example)
+    seen = _tensors(network, example)
     for node in list(network.graph.nodes):
         module = _module(network, node)
         if type(module) is nn.Conv2d and _can_be_packed(module):
-            _replace(network, node, module)
+            _replace(network, node, module, seen)
     network.delete_all_unused_submodules()
     network.recompile()
+
+
+def _tensors(network: fx.GraphModule, example: Tensor) -> _Seen:
+    # Not by `Interpreter.run`, which starts a thread of tqdm's that never ends.
+    walk, seen = fx.Interpreter(network), _Seen()
+    walk.args_iter = iter([example])
+    for node in network.graph.nodes:
+        value = walk.env[node] = walk.run_node(node)
+        if isinstance(value, Tensor):
+            seen[node] = value.shape, value.dtype
+        for used in walk.user_to_last_uses.get(node, []):
+            del walk.env[used]
+    return seen
 
 
 def _can_be_packed(convolution: nn.Conv2d) -> bool:
@@ -61,20 +76,31 @@ def _can_be_packed(convolution: nn.Conv2d) -> bool:
 
 
 class PackedConv2d(nn.Module):
-    """A convolution, then the sum with another tensor and the ReLU where they were asked for."""
+    """A convolution, then the sum with another tensor and the ReLU where they were asked for.
+
+    Shared out between threads, one image can need another layout than many.
+    """
 
     def __init__(self, convolution: nn.Conv2d, size: torch.Size, *, relu: bool) -> None:
         super().__init__()
         self._geometry = tuple(map(list, (convolution.padding, convolution.stride, convolution.dilation)))
         self._groups, self._relu, self._dtype = convolution.groups, relu, convolution.weight.dtype
-        lay_out: Any = torch.ops.mkldnn._reorder_convolution_weight
+        operators: Any = torch.ops.mkldnn
         # Plain attributes: an opaque tensor takes no part in what modules do with their buffers.
-        self._weight = lay_out(convolution.weight.detach(), *self._geometry, self._groups, list(size))
+        self._for_one, self._for_many = (
+            operators._reorder_convolution_weight(
+                convolution.weight.detach(), *self._geometry, self._groups, [images, *size[1:]]
+            )
+            for images in (1, 2)
+        )
+        if torch.equal(*map(operators._get_mkldnn_serialized_md, (self._for_one, self._for_many))):
+            self._for_one = self._for_many  # as for most; the others keep their weights twice
         self._bias = None if convolution.bias is None else convolution.bias.detach()
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         operators: Any = torch.ops.mkldnn._convolution_pointwise
-        given = (self._weight, self._bias, *self._geometry, self._groups)
+        weight = self._for_one if len(x) == 1 else self._for_many
+        given = (weight, self._bias, *self._geometry, self._groups)
         x = x.to(self._dtype)
         if other is None:
             alone: Tensor = operators(x, *given, "relu" if self._relu else "none", [], "")
@@ -83,11 +109,11 @@ class PackedConv2d(nn.Module):
         return summed
 
 
-def _replace(network: fx.GraphModule, node: fx.Node, convolution: nn.Conv2d) -> None:
+def _replace(network: fx.GraphModule, node: fx.Node, convolution: nn.Conv2d, seen: _Seen) -> None:
     (image,) = node.all_input_nodes
     replaced, given = [node], [image]
     add = _only_user(node)
-    if convolution.weight.dtype == torch.float32 and add is not None and _is_sum_of_equals(add):
+    if convolution.weight.dtype == torch.float32 and add is not None and _is_sum_of_equals(add, seen):
         given += [other for other in add.all_input_nodes if other is not node]
         replaced.append(add)
     following = _only_user(replaced[-1])
@@ -95,21 +121,20 @@ def _replace(network: fx.GraphModule, node: fx.Node, convolution: nn.Conv2d) -> 
     if following is not None and relu:
         replaced.append(following)
     last, path = replaced[-1], f"packed_{node.name}"
-    network.add_submodule(path, PackedConv2d(convolution, image.meta["tensor_meta"].shape, relu=relu))
+    network.add_submodule(path, PackedConv2d(convolution, seen[image][0], relu=relu))
     with network.graph.inserting_before(last):
         packed = network.graph.call_module(path, tuple(given))
-    packed.meta = dict(last.meta)
+    seen[packed] = seen[last]
     last.replace_all_uses_with(packed)
     for dead in reversed(replaced):
         network.graph.erase_node(dead)
 
 
-def _is_sum_of_equals(node: fx.Node) -> bool:
+def _is_sum_of_equals(node: fx.Node, seen: _Seen) -> bool:
     """Whether it adds two tensors of one shape and dtype, which are not the same tensor."""
     if node.op != "call_function" or node.target not in SUMS or node.kwargs or len(node.all_input_nodes) != 2:
         return False
-    seen = [part.meta.get("tensor_meta") for part in (node, *node.all_input_nodes)]
-    return len({part and (part.shape, part.dtype) for part in seen}) == 1
+    return len({seen.get(part) for part in (node, *node.all_input_nodes)}) == 1
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -141,6 +142,12 @@ def test_the_answers_of_a_network_stay(precision: Precision, n: int) -> None:
     bound = 1e-5 * float(logits.abs().max())
     assert float((outputs.logits - logits).abs().max()) <= bound
     assert torch.allclose(outputs.penultimate, penultimate, rtol=1e-5, atol=1e-5)
+
+
+def test_packing_starts_no_thread() -> None:
+    before = set(threading.enumerate())
+    packed(Around(convolution(), lambda conv, x: conv(x)))
+    assert set(threading.enumerate()) == before
 
 
 def test_without_the_operators_the_network_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

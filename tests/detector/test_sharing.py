@@ -15,6 +15,7 @@ from torch import Tensor
 
 from detector import sharing
 from detector.backbone import Backbone
+from detector.cifar_resnet import CifarResNet18
 from detector.networks import CIFAR_PREPROCESSING
 from detector.sharing import shared_out
 from tests.helpers import ROOT, toy_images, toy_network
@@ -132,8 +133,17 @@ def test_a_forked_process_has_helpers_of_its_own() -> None:
     subprocess.run([sys.executable, "-c", FORKED], cwd=ROOT, check=True, timeout=120)
 
 
-@pytest.mark.parametrize(("reentrant", "pieces"), [(True, [8, 8]), (False, [16])])
-def test_a_network_that_only_one_thread_may_run_is_not_shared_out(reentrant: bool, pieces: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("reentrant", "width", "pieces"),
+    [
+        (True, 8, [8, 8]),
+        (False, 8, [16]),  # only one thread may run it
+        (True, 2, [16]),  # so small that a second thread would come too late
+    ],
+)
+def test_a_network_is_shared_out_where_that_is_safe_and_worth_it(
+    reentrant: bool, width: int, pieces: list[int]
+) -> None:
     class Counted:
         def __init__(self) -> None:
             self.reentrant, self.seen = reentrant, list[int]()
@@ -143,7 +153,7 @@ def test_a_network_that_only_one_thread_may_run_is_not_shared_out(reentrant: boo
             return torch.zeros(len(images), 3), torch.zeros(len(images), 8)
 
     network = Counted()
-    backbone = Backbone(toy_network().module, CIFAR_PREPROCESSING)
+    backbone = Backbone(CifarResNet18(3, width), CIFAR_PREPROCESSING)
     backbone.with_forward(network, "compiled").outputs(torch.from_numpy(toy_images(16, seed=0)[0]))
     assert network.seen == pieces
 
