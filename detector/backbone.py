@@ -8,6 +8,7 @@ Plain outputs come from the lean form of the network (`forward.py`), which has n
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,9 +27,12 @@ from detector.outputs import Outputs
 from detector.sharing import shared_out
 from detector.staging import Staging
 
+log = logging.getLogger(__name__)
+
 Mode = Literal["eager", "compiled"]
 T = TypeVar("T")
 
+AGREEMENT: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.1}  # of the largest feature
 SHARED_FROM = 50_000  # weights; a smaller network is done before a second thread is awake
 
 # The first that exists: ResNets, then MobileNets, ConvNeXt and Swin of torchvision, ViT, then the names of timm.
@@ -121,11 +125,24 @@ class Backbone:
         form = self.lean()
         if self.device.type == "cpu":
             form.pack()
+        if form.folded and not self._agrees(form):
+            log.warning("the network runs as it is, which is slower: traced by torch.fx it gives other features")
+            return self.lean(whole=True)
         return form
 
-    def lean(self) -> Forward:
-        """The lean form of the network, which a compiler can take."""
-        return Forward(self.module, self.head, self.weight, self.bias, self.preprocessing, self.precision)
+    def lean(self, *, whole: bool = False) -> Forward:
+        """The lean form of the network, which a compiler can take; or, `whole`, as it is."""
+        parts = self.module, self.head, self.weight, self.bias, self.preprocessing, self.precision
+        return Forward(*parts, whole=whole)
+
+    def _agrees(self, form: Forward) -> bool:
+        # What torch.fx records of `x += y`, say, is another step wherever x goes by a second name.
+        noise = torch.randint(0, 256, (2, *self.input_shape), generator=torch.Generator().manual_seed(0))
+        images = noise.to(self.device, torch.uint8)
+        with self._alone(), torch.inference_mode():
+            expected, found = self._penultimate(self.normalised(images)), form(images)[1]
+        allowed = AGREEMENT[self.precision] * float(expected.abs().max())
+        return not bool(((found - expected).abs() > allowed).any())  # NaN is found by whoever runs it
 
     def with_forward(self, forward: Run, mode: Mode) -> Self:
         """The same backbone with plain outputs from another form of the network."""

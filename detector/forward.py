@@ -76,6 +76,7 @@ class Forward(nn.Module):
         weight, bias: of that layer, float32 [C, D] and [C].
         preprocessing: mean and std of the input.
         precision: bf16 is autocast; the last linear layer is always float32.
+        whole: run the network as it is, whether or not it can be traced.
 
     Input: uint8 [N, H, W, 3] on the device. Output: logits float32 [N, C], penultimate float32 [N, D].
 
@@ -96,10 +97,12 @@ class Forward(nn.Module):
         bias: Tensor,
         preprocessing: Preprocessing,
         precision: Precision,
+        *,
+        whole: bool = False,
     ) -> None:
         super().__init__()
         self.head, self.autocast, self.crop = head, precision == "bf16", preprocessing.crop
-        traced = _without_head(module, head)
+        traced = None if whole else _without_head(module, head)
         self.folded = self.reentrant = traced is not None
         self.network: nn.Module = _Watched(module, head) if traced is None else traced
         if self.autocast and traced is not None:

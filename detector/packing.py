@@ -3,7 +3,8 @@
 
 Eager torch lays the weights out anew at every call, which is half the time of a single small image. The operators are
 those that torch's own compiler calls; none of them rounds otherwise than the plain form does. But oneDNN's ReLU makes
-NaN 0: a network with a weight that is no number would answer, so it is left as it is, and its NaN is found.
+NaN 0: a network with a weight that is no number would answer, so it is left as it is, and its NaN is found. What is
+hidden, as in a compiled form, is a NaN from finite weights, of activations beyond 1e38.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from detector.machine import has_onednn
 
-RELUS = (nn.functional.relu, torch.relu, "relu", "relu_")
+RELUS = {"call_function": (nn.functional.relu, torch.relu), "call_method": ("relu", "relu_")}
 SUMS = (operator.add, operator.iadd, torch.add)
 OPERATORS = (
     "_convolution_pointwise", "_get_mkldnn_serialized_md", "_is_mkldnn_bf16_supported", "_reorder_convolution_weight",
@@ -113,11 +114,11 @@ def _replace(network: fx.GraphModule, node: fx.Node, convolution: nn.Conv2d, see
     (image,) = node.all_input_nodes
     replaced, given = [node], [image]
     add = _only_user(node)
-    if convolution.weight.dtype == torch.float32 and add is not None and _is_sum_of_equals(add, seen):
+    if convolution.weight.dtype == torch.float32 and add is not None and _can_be_taken_along(network, add, node, seen):
         given += [other for other in add.all_input_nodes if other is not node]
         replaced.append(add)
     following = _only_user(replaced[-1])
-    relu = following is not None and _is_relu(network, following)
+    relu = following is not None and _is_relu(network, following) and not _written_between(network, node, following)
     if following is not None and relu:
         replaced.append(following)
     last, path = replaced[-1], f"packed_{node.name}"
@@ -130,11 +131,29 @@ def _replace(network: fx.GraphModule, node: fx.Node, convolution: nn.Conv2d, see
         network.graph.erase_node(dead)
 
 
-def _is_sum_of_equals(node: fx.Node, seen: _Seen) -> bool:
-    """Whether it adds two tensors of one shape and dtype, which are not the same tensor."""
+def _can_be_taken_along(network: fx.GraphModule, node: fx.Node, convolution: fx.Node, seen: _Seen) -> bool:
+    """Whether it adds two tensors of one shape and dtype, not the same, and writes to neither but the convolution's."""
     if node.op != "call_function" or node.target not in SUMS or node.kwargs or len(node.all_input_nodes) != 2:
         return False
+    if node.target is operator.iadd and node.args[0] is not convolution:
+        return False
+    if _written_between(network, convolution, node):
+        return False
     return len({seen.get(part) for part in (node, *node.all_input_nodes)}) == 1
+
+
+def _written_between(network: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
+    """Whether anything between two nodes may write in place: what the first reads, the last could find changed."""
+    node = first.next
+    while node is not last:
+        name = str(getattr(node.target, "__name__", node.target))
+        in_place = node.kwargs.get("inplace", False) or getattr(_module(network, node), "inplace", False)
+        if in_place or (node.op == "call_method" and name.endswith("_")):
+            return True
+        if node.op == "call_function" and (name.endswith("_") or name.startswith("i")):  # operator.iadd, isub …
+            return True
+        node = node.next
+    return False
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -142,7 +161,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _is_relu(network: fx.GraphModule, node: fx.Node) -> bool:
-    return node.target in RELUS or type(_module(network, node)) is nn.ReLU
+    return node.target in RELUS.get(node.op, ()) or type(_module(network, node)) is nn.ReLU
 
 
 def _module(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:

@@ -27,7 +27,10 @@ def shared_out(run: Callable[[Tensor], Outcome], images: Tensor) -> Outcome:
     """Run a network on a batch, in pieces side by side where there are enough images and threads for it.
 
     How a batch is cut depends on its size and on the number of torch's threads alone, so the same machine rounds alike
-    every time.
+    every time. As many threads run side by side as divide both the threads and the pieces.
+
+    Meanwhile torch's number of threads is a smaller one: a thread that first uses torch at that moment gets that
+    number, unless it sets its own.
 
     Args:
         run: may be called by several threads at once.

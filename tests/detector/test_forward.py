@@ -15,7 +15,7 @@ from detector import Detector, artifact as artifacts
 from detector.backbone import Backbone
 from detector.cifar_resnet import CifarResNet18
 from detector.errors import GoldenMismatch
-from detector.forward import Forward
+from detector.forward import Forward, Precision
 from detector.networks import CIFAR_PREPROCESSING
 from detector.staging import DEPTH, Staging, download
 from tests.helpers import toy_images, toy_model, toy_network
@@ -73,6 +73,29 @@ def test_the_lean_form_gives_the_features_of_the_hooked_network() -> None:
     backbone = Backbone(trained(CifarResNet18(5, 8)), CIFAR_PREPROCESSING)
     plain, hooked = backbone.outputs(images()), backbone.outputs(images(), early=True)
     assert torch.allclose(plain.penultimate, hooked.penultimate, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_network_that_is_traced_wrongly_runs_as_it_is(precision: Precision, caplog: pytest.LogCaptureFixture) -> None:
+    class TwoNames(nn.Module):
+        """torch.fx records a new tensor for `y += ...`, although x is changed too."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer1, self.layer2, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer1(x)
+            y = x
+            y += self.layer2(x)
+            logits: Tensor = self.fc((y - 2.0 * x).mean((2, 3)))
+            return logits
+
+    backbone = Backbone(TwoNames(), CIFAR_PREPROCESSING, precision=precision)
+    plain, hooked = backbone.outputs(images()), backbone.outputs(images(), early=True)
+    assert torch.equal(plain.penultimate, hooked.penultimate)
+    assert not lean(backbone).folded
+    assert "traced by torch.fx it gives other features" in caplog.text
 
 
 def test_a_convolution_that_two_layers_read_is_not_folded() -> None:

@@ -66,6 +66,12 @@ def summed_in_place(conv: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
+def changed_before_the_sum(conv: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = conv(x)
+    x.mul_(2.0)
+    return torch.relu(y + x)
+
+
 FOLLOWED: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], list[str]]] = {
     "nothing": (lambda conv, x: conv(x), []),
     "relu": (lambda conv, x: torch.relu(conv(x)), []),
@@ -80,6 +86,7 @@ FOLLOWED: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], list[str]]] = {
     "a sum that broadcasts": (lambda conv, x: conv(x) + x.mean((2, 3), keepdim=True), ["mean", "add"]),
     "a sum with a number": (lambda conv, x: conv(x) + 1.0, ["add"]),
     "a scaled sum": (lambda conv, x: torch.add(conv(x), x, alpha=2.0), ["add"]),
+    "a sum with what was changed in place": (changed_before_the_sum, ["mul_", "add", "relu"]),
     "another activation": (lambda conv, x: torch.sigmoid(conv(x)), ["sigmoid"]),
 }
 
@@ -90,6 +97,22 @@ def test_what_follows_a_convolution_is_taken_along_where_nothing_else_needs_it(n
     network, found, expected = packed(Around(convolution(), around))
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert sorted(kinds(network)) == sorted(["PackedConv2d", "PackedConv2d", *left])
+
+
+@pytest.mark.parametrize("activation", [nn.LeakyReLU(0.1), nn.SiLU(), nn.Identity(), nn.ReLU6()])
+def test_an_attribute_named_relu_is_known_by_what_it_is(activation: nn.Module) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 8, 3), activation
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.relu(self.conv(x))
+            return found
+
+    network, found, expected = packed(Named())
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert kinds(network) == ["PackedConv2d", type(activation).__name__]
 
 
 @pytest.mark.parametrize(
