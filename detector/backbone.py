@@ -50,19 +50,6 @@ class Run(Protocol):
     def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor]: ...
 
 
-def resolve_device(name: str) -> torch.device:
-    """cpu, cuda, cuda:N, or auto: cuda where there is one; BackboneError where the device is not there."""
-    try:
-        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError as error:
-        raise BackboneError(f"{name!r} is no device; use cpu, cuda, cuda:N or auto") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BackboneError(
-            f"there is no {name} here; {torch.cuda.device_count()} CUDA devices were found. Use cpu or auto"
-        )
-    return device
-
-
 class Backbone:
     """A network in eval mode with its taps.
 
@@ -135,6 +122,11 @@ class Backbone:
         parts = self.module, self.head, self.weight, self.bias, self.preprocessing, self.precision
         return Forward(*parts, whole=whole)
 
+    @property
+    def runs_whole(self) -> bool:
+        """Whether plain outputs come from the network as it is."""
+        return isinstance(self.forward, Forward) and not self.forward.folded
+
     def _agrees(self, form: Forward) -> bool:
         # What torch.fx records of `x += y`, say, is another step wherever x goes by a second name.
         noise = torch.randint(0, 256, (2, *self.input_shape), generator=torch.Generator().manual_seed(0))
@@ -189,7 +181,8 @@ class Backbone:
             else:
                 on_device = images if self._staging is None else self._staging.upload(images)
                 forward, tapped = self.forward, None  # made before it runs: making it may trace
-                with UNDISTURBED.running():
+                # The network as it is must not run while another pass has its hooks on it.
+                with self._alone() if self.runs_whole else UNDISTURBED.running():
                     if self._shared_out and getattr(forward, "reentrant", False):
                         logits, penultimate = shared_out(forward, on_device)
                     else:

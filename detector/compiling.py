@@ -90,8 +90,7 @@ def run(job: Job) -> None:
     """
     artifact = artifacts.load(job.model)
     eager = Detector.from_artifact(artifact, torch.device("cpu"), job.precision)
-    form = eager.backbone.forward
-    network = eager.backbone.lean(whole=isinstance(form, Forward) and not form.folded)
+    network = eager.backbone.lean(whole=eager.backbone.runs_whole)
     partial = Path(tempfile.mkdtemp(dir=job.out.parent, prefix=f"{job.out.name}.partial-"))
     try:
         for size, path in libraries(partial).items():

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from detector import artifact as artifacts
 from detector.artifact import GOLDEN_TOLERANCE, Artifact, Manifest
-from detector.backbone import Backbone, Precision, Run, resolve_device
+from detector.backbone import Backbone, Precision, Run
 from detector.errors import ArtifactCorrupt, ArtifactError, CalibrationError, GoldenMismatch, OodgateError
 from detector.features import bind
 from detector.images import Limits, Pixels, decode, image_ids
-from detector.machine import fast_in_bfloat16, one_thread, return_freed_memory
+from detector.machine import fast_in_bfloat16, one_thread, resolve_device, return_freed_memory
 from detector.networks import build, load_export
 from detector.outputs import Outputs
 from detector.policy import CalibrationScores, Decider, Grouping, Policy, Verdict

@@ -134,12 +134,11 @@ class Forward(nn.Module):
 
 
 class _Watched(nn.Module):
-    """A network that cannot be traced: run whole, its features taken by a hook."""
+    """A network run whole, its features taken by a hook: one pass at a time, for the hook lives on the module."""
 
     def __init__(self, module: nn.Module, head: str) -> None:
         super().__init__()
         self.module, self.head = module, head
-        self._one_at_a_time = threading.Lock()  # the hook lives on the module: two passes would mix their features
 
     def forward(self, x: Tensor) -> Tensor:
         seen: list[Tensor] = []
@@ -147,12 +146,11 @@ class _Watched(nn.Module):
         def keep_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             seen.append(inputs[0])
 
-        with self._one_at_a_time:
-            handle = self.module.get_submodule(self.head).register_forward_pre_hook(keep_input)
-            try:
-                self.module(x)
-            finally:
-                handle.remove()
+        handle = self.module.get_submodule(self.head).register_forward_pre_hook(keep_input)
+        try:
+            self.module(x)
+        finally:
+            handle.remove()
         return seen[-1]
 
 

@@ -121,13 +121,7 @@ class GatedModel(nn.Module):
 
     def _bind(self) -> Detector:
         detector = Detector.from_artifact(self._artifact, self._device, "fp32", self.module)
-        backbone = detector.backbone
-
-        def own(images: Tensor) -> tuple[Tensor, Tensor]:
-            outputs = backbone.outputs_of(backbone.normalised(images))
-            return outputs.logits, outputs.penultimate
-
-        backbone.forward = own  # the network as it is: no folded copy beside it
+        detector.backbone.forward = detector.backbone.lean(whole=True)  # no folded copy beside the network
         return detector
 
 

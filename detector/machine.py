@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the detector asks of the machine below it: its threads, its memory, its arithmetic."""
+"""What the detector asks of the machine below it: its devices, its threads, its memory, its arithmetic."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from detector.errors import BackboneError
 
 
 @contextmanager
@@ -27,6 +29,19 @@ def return_freed_memory() -> None:
     """Give the system back what was freed, which glibc would keep: after a model is built, and now and then."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def resolve_device(name: str) -> torch.device:
+    """cpu, cuda, cuda:N, or auto: cuda where there is one; BackboneError where the device is not there."""
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise BackboneError(f"{name!r} is no device; use cpu, cuda, cuda:N or auto") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackboneError(
+            f"there is no {name} here; {torch.cuda.device_count()} CUDA devices were found. Use cpu or auto"
+        )
+    return device
 
 
 def fast_in_bfloat16(device: torch.device) -> bool:

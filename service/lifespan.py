@@ -13,9 +13,8 @@ from contextlib import asynccontextmanager, closing
 
 import torch
 
-from detector.backbone import resolve_device
 from detector.errors import OodgateError
-from detector.machine import return_freed_memory
+from detector.machine import resolve_device, return_freed_memory
 from detector.nvjpeg import NvJpeg
 from service import logs
 from service.audit import Audit, NoAudit

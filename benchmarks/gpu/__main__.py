@@ -32,7 +32,8 @@ from benchmarks.gpu.measures import agreement, latency, rates
 from benchmarks.gpu.subject import Subject, bare, subject
 from benchmarks.gpu.table import table
 from detector import Detector, artifact as artifacts
-from detector.backbone import Precision, resolve_device
+from detector.backbone import Precision
+from detector.machine import resolve_device
 from detector.nvjpeg import NvJpeg
 
 RESULTS = Path("benchmarks/gpu/results")

@@ -17,10 +17,10 @@ import numpy as np
 from benchmarks.accuracy.sets import Indices, balanced
 from detector import Detector, Network, OodSet, evaluate, fit
 from detector.artifact import replace_report
-from detector.backbone import resolve_device
 from detector.data import Dataset, Subset, open_dataset
 from detector.errors import DataError
 from detector.images import Preprocessing
+from detector.machine import resolve_device
 from detector.networks import load_network, parse_spec
 from detector.scores import FitOptions
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import click
 
-from detector.backbone import resolve_device
 from detector.calibration import Guarantee
 from detector.features import Report
 from detector.files import is_uri
+from detector.machine import resolve_device
 from detector.policy import Policy
 
 LINES = 50  # of progress

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from detector.backbone import Backbone, resolve_device
+from detector.backbone import Backbone
 from detector.cifar_resnet import CifarResNet18
 from detector.errors import BackboneError, DataError, NonFiniteFeatures, TapNotFound, UnknownBackbone, UnsafeArchive
 from detector.images import Preprocessing
+from detector.machine import resolve_device
 from detector.networks import (
     CIFAR_PREPROCESSING,
     build,

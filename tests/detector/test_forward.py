@@ -75,6 +75,17 @@ def test_the_lean_form_gives_the_features_of_the_hooked_network() -> None:
     assert torch.allclose(plain.penultimate, hooked.penultimate, rtol=1e-4, atol=1e-5)
 
 
+def test_a_network_that_runs_as_it_is_runs_alone() -> None:
+    """Otherwise the hooks of a pass for an explanation, say, would change or catch what another pass computes."""
+    backbone = Backbone(Untraceable(), CIFAR_PREPROCESSING)
+    assert not lean(backbone).folded
+    alone: list[bool] = []
+    handle = backbone.module.register_forward_pre_hook(lambda *_: alone.append(backbone._one_at_a_time.locked()))
+    backbone.outputs(images())
+    handle.remove()
+    assert alone == [True]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_network_that_is_traced_wrongly_runs_as_it_is(precision: Precision, caplog: pytest.LogCaptureFixture) -> None:
     class TwoNames(nn.Module):
