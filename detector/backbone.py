@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from detector.errors import BackboneError, DataError, NonFiniteFeatures, TapNotFound
-from detector.forward import UNDISTURBED, Forward, Precision as Precision
+from detector.forward import UNDISTURBED, Forward, Precision as Precision, of_this_thread
 from detector.images import Preprocessing
 from detector.outputs import Outputs
 from detector.sharing import shared_out
@@ -82,6 +82,7 @@ class Backbone:
         self.mode: Mode = "eager"
         self.preprocessing = preprocessing
         self._rebuild = rebuild
+        self._one_builds = threading.Lock()
         self._network: nn.Module | None = self._prepared(module)
         scale = torch.tensor([preprocessing.mean, preprocessing.std], device=self.device).mul(255).view(2, 3, 1, 1)
         self._mean, self._std = scale
@@ -100,11 +101,12 @@ class Backbone:
     @property
     def module(self) -> nn.Module:
         """The network itself; built again where it was released."""
-        if self._network is None:
-            if self._rebuild is None:
-                raise AssertionError("only a network that can be built again is released")
-            self._network = self._prepared(self._rebuild())
-        return self._network
+        with self._one_builds, torch.inference_mode(False):  # else its weights could take part in no gradient
+            if self._network is None:
+                if self._rebuild is None:
+                    raise AssertionError("only a network that can be built again is released")
+                self._network = self._prepared(self._rebuild())
+            return self._network
 
     @cached_property
     def forward(self) -> Run:
@@ -156,17 +158,18 @@ class Backbone:
         """(height, width, 3) of one image."""
         return (*self.preprocessing.crop, 3)
 
-    def outputs(self, images: Tensor, *, early: bool = False, inputs: bool = False) -> Outputs:
+    def outputs(self, images: Tensor, *, early: bool = False, inputs: bool = False, checked: bool = True) -> Outputs:
         """Run the network on uint8 images.
 
         Args:
             images: uint8 [N, H, W, 3].
             early: also return the early layer's output.
             inputs: also return the images.
+            checked: look whether all that comes out is finite, for which the host waits until the device is done.
 
         Raises:
             DataError: wrong dtype or shape.
-            NonFiniteFeatures: NaN or infinity came out of the network.
+            NonFiniteFeatures: NaN or infinity came out of the network, and it was looked for.
         """
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.input_shape:
             seen = f"{images.dtype} {tuple(images.shape)}"
@@ -187,8 +190,9 @@ class Backbone:
                         logits, penultimate = shared_out(forward, on_device)
                     else:
                         logits, penultimate = forward(on_device)
-        _refuse_non_finite(logits)
-        return Outputs(logits, penultimate, tapped, inputs=images if inputs else None)
+        if checked:
+            _refuse_non_finite(logits)
+        return Outputs(logits, penultimate, tapped, inputs=images if inputs else None, checked=checked)
 
     def outputs_of(self, x: Tensor) -> Outputs:
         """Run the network itself on its own input, float [N, 3, H, W], as from `normalised`; raises as `outputs`."""
@@ -214,7 +218,7 @@ class Backbone:
             return early.to(self.device, output.dtype)
 
         with self._alone(), torch.inference_mode():
-            handle = self._layer(self.early).register_forward_hook(replace_output)
+            handle = self._layer(self.early).register_forward_hook(of_this_thread(replace_output))
             try:
                 return self._penultimate(unused)
             finally:
@@ -247,8 +251,8 @@ class Backbone:
             taps["penultimate of the head"] = inputs[0]
 
         with self._alone(), torch.inference_mode(False), torch.enable_grad():
-            handles = [self._layer(path).register_forward_hook(keep_output(path)) for path in layers]
-            handles.append(self._layer(self.head).register_forward_pre_hook(keep_input))
+            handles = [self._layer(path).register_forward_hook(of_this_thread(keep_output(path))) for path in layers]
+            handles.append(self._layer(self.head).register_forward_pre_hook(of_this_thread(keep_input)))
             try:
                 self.module(self.normalised(images).requires_grad_())
             finally:
@@ -297,7 +301,7 @@ class Backbone:
         def keep_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             taps["penultimate"] = inputs[0]
 
-        handle = self._layer(self.head).register_forward_pre_hook(keep_input)
+        handle = self._layer(self.head).register_forward_pre_hook(of_this_thread(keep_input))
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 self.module(x)
@@ -323,7 +327,7 @@ class Backbone:
             taps["early"] = output.float()
 
         with self._alone():
-            handle = self._layer(self.early).register_forward_hook(keep_output)
+            handle = self._layer(self.early).register_forward_hook(of_this_thread(keep_output))
             try:
                 penultimate = self._penultimate(self.normalised(images))
             finally:
@@ -356,15 +360,17 @@ class Backbone:
             return keep
 
         handles = [
-            module.register_forward_hook(watch(path))
+            module.register_forward_hook(of_this_thread(watch(path)))
             for path, module in self.module.named_modules()
             if _is_linear(module)
         ]
         # Not inference mode: an in-place operation of the network on its own buffers must stay possible.
-        with UNDISTURBED.running(), torch.no_grad():
-            logits = self.module(torch.zeros(2, 3, *self.preprocessing.crop, device=self.device))
-        for handle in handles:
-            handle.remove()
+        try:
+            with UNDISTURBED.running(), torch.no_grad():
+                logits = self.module(torch.zeros(2, 3, *self.preprocessing.crop, device=self.device))
+        finally:
+            for handle in handles:
+                handle.remove()
         if not isinstance(logits, Tensor):
             raise BackboneError(
                 f"the network must return its logits as one tensor; it returned {type(logits).__name__}"

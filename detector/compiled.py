@@ -7,6 +7,7 @@ whole forward pass: a server would answer nobody meanwhile.
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,6 +71,7 @@ class _Library:
         except (OSError, AttributeError) as error:
             raise BackboneError(f"{path} cannot be loaded: {error}") from error
         if create(ctypes.byref(self._container), ctypes.c_size_t(callers), b"cpu", None):
+            _ctypes.dlclose(self._code._handle)
             raise BackboneError(f"{path} cannot be started; torch printed why")
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,3 +86,4 @@ class _Library:
     def __del__(self) -> None:
         if self._container:
             self._delete(self._container)
+            _ctypes.dlclose(self._code._handle)  # it holds the weights, and its file, until then

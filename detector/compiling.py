@@ -15,10 +15,10 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from detector import artifact as artifacts, compiled, forward
+from detector import artifact as artifacts
 from detector.artifact import Manifest
 from detector.backbone import Precision
 from detector.compiled import CompiledForward
@@ -63,11 +63,20 @@ class Job(BaseModel):
 
 
 def key(manifest: Manifest, precision: Precision, threads: int) -> str:
-    """Of everything that the libraries depend on: model, code, torch, processor."""
-    code = [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in (forward, compiled)]
+    """Of everything that the libraries and their proof depend on: model, code, torch, processor."""
+    own = Path(__file__).parent
+    code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(own.rglob("*.py"))]
+    versions = [torch.__version__, *map(_version, ("torchvision", "timm"))]  # which hold networks
     machine = dict(torch.cpu.get_capabilities())
-    parts = [manifest.model_digest, precision, threads, SIZES, torch.__version__, code, machine]
+    parts = [manifest.model_digest, precision, threads, SIZES, versions, code, machine]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def libraries(directory: Path) -> dict[int, Path]:
@@ -81,6 +90,11 @@ def moves(directory: Path) -> dict[str, float]:
     return content
 
 
+def partial(job: Job, process: int) -> Path:
+    """Where a process of that number does a job; the directory is gone when it has ended by itself."""
+    return job.out.with_name(f"{job.out.name}.partial-{process}")
+
+
 def run(job: Job) -> None:
     """Do a job.
 
@@ -91,18 +105,23 @@ def run(job: Job) -> None:
     artifact = artifacts.load(job.model)
     eager = Detector.from_artifact(artifact, torch.device("cpu"), job.precision)
     network = eager.backbone.lean(whole=eager.backbone.runs_whole)
-    partial = Path(tempfile.mkdtemp(dir=job.out.parent, prefix=f"{job.out.name}.partial-"))
+    made = partial(job, os.getpid())
+    made.mkdir(exist_ok=True)
     try:
-        for size, path in libraries(partial).items():
+        for size, path in libraries(made).items():
             blank = torch.zeros(size, *eager.backbone.input_shape, dtype=torch.uint8)
             shutil.copyfile(_compiled(network, blank, job.threads), path)
-        settled = eager.with_forward(CompiledForward(libraries(partial)), {})
-        settled.self_test(artifact.golden)
-        (partial / MOVES).write_text(json.dumps(_moves(eager, settled)))
+        moved = []
+        for size, path in libraries(made).items():  # each by itself, and what it leaves over by the one for 1
+            settled = eager.with_forward(CompiledForward({1: libraries(made)[1], size: path}), {})
+            settled.self_test(artifact.golden)
+            moved.append(_moves(eager, settled))
+        largest = {name: max(each[name] for each in moved) for name in moved[0]}
+        (made / MOVES).write_text(json.dumps(largest))
         if not job.out.exists():  # else another process was faster
-            partial.replace(job.out)
+            made.replace(job.out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _compiled(network: Forward, images: Tensor, threads: int) -> Path:
@@ -115,7 +134,7 @@ def _compiled(network: Forward, images: Tensor, threads: int) -> Path:
             module: Any = program.module()
             library = Path(str(torch._inductor.aot_compile(module, (images,), options=options)))
     except Exception as error:  # export and compiler raise many kinds, all meaning the same here
-        lines = str(error).splitlines()
+        lines = str(error).splitlines() or [type(error).__name__]
         why = next((line for line in lines if "error: " in line), lines[0])  # of the C++ compiler, where it spoke
         raise BackboneError(f"torch cannot compile the network: {why}") from error
     if "proxy_executor_call_function" in library.with_suffix(".cpp").read_text():

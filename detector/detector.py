@@ -200,7 +200,11 @@ class Detector:
         """Start the deciding score, and the shadows unless they are sampled out; does not wait for the device."""
         names = (decider.policy.score_name, *(decider.shadows if shadows else ()))
         with self._threads():
-            return Scored(outputs.logits, score_all(self.fitted, names, outputs))
+            scores = score_all(self.fitted, names, outputs)
+            if not outputs.checked:
+                finite = outputs.finite()
+                scores = {name: values.where(finite, torch.nan) for name, values in scores.items()}
+            return Scored(outputs.logits, scores)
 
     def finish_judging(self, scored: Scored, decider: Decider) -> list[Verdict]:
         """Fetch what `start_judging` started, and decide: verdicts, one an image."""

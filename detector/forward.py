@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +24,7 @@ from detector.images import Preprocessing
 from detector.packing import can_pack, pack
 
 Precision = Literal["fp32", "bf16"]
+T = TypeVar("T")
 
 
 class Undisturbed:
@@ -55,8 +56,8 @@ class Undisturbed:
         """While torch.fx traces."""
         with _ONE_TRACE, self._changed:
             self._wanted += 1
-            self._changed.wait_for(lambda: not self._running)
             try:
+                self._changed.wait_for(lambda: not self._running)
                 yield
             finally:
                 self._wanted -= 1
@@ -65,6 +66,12 @@ class Undisturbed:
 
 _ONE_TRACE = threading.Lock()
 UNDISTURBED = Undisturbed()
+
+
+def of_this_thread(hook: Callable[..., T]) -> Callable[..., T | None]:
+    """A hook that heeds only the thread that made it: the network may be an application's own, at work elsewhere."""
+    thread = threading.get_ident()
+    return lambda *given: hook(*given) if threading.get_ident() == thread else None
 
 
 class Forward(nn.Module):
@@ -146,7 +153,7 @@ class _Watched(nn.Module):
         def keep_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             seen.append(inputs[0])
 
-        handle = self.module.get_submodule(self.head).register_forward_pre_hook(keep_input)
+        handle = self.module.get_submodule(self.head).register_forward_pre_hook(of_this_thread(keep_input))
         try:
             self.module(x)
         finally:
@@ -189,6 +196,8 @@ def _fold_batch_norms(traced: fx.GraphModule) -> None:
 
 def _store_as_bfloat16(traced: fx.GraphModule) -> None:
     """Keep the weights as autocast would cast them at every call."""
-    for path, part in list(traced.named_modules()):
+    # Only what the graph itself calls: what is inside of that still belongs to the network that was traced.
+    for path in {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}:
+        part = traced.get_submodule(path)
         if isinstance(part, nn.Conv2d | nn.Linear):
             traced.set_submodule(path, deepcopy(part).to(torch.bfloat16))

@@ -23,6 +23,7 @@ class Outputs:
         early: float32 [N, ...], the output of the early layer, where it was asked for.
         ids: int64 [N], the identity of each image, where it is known.
         inputs: uint8 [N, H, W, 3], the images, where they were asked for.
+        checked: whether a score looks first if all of it is finite; where not, the caller sees to that afterwards.
         derived: what scores have made of the outputs, where they share it; see `sharing`.
     """
 
@@ -31,6 +32,7 @@ class Outputs:
     early: Tensor | None = None
     ids: Tensor | None = None
     inputs: Tensor | None = None
+    checked: bool = True
     derived: dict[str, object] | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
@@ -43,7 +45,12 @@ class Outputs:
             None if self.early is None else self.early[index],
             None if self.ids is None else self.ids[index],
             None if self.inputs is None else self.inputs[index],
+            self.checked,
         )
+
+    def finite(self) -> Tensor:
+        """Of each image, bool [N], whether all the network gave for it is a number."""
+        return torch.isfinite(self.penultimate).all(dim=1) & torch.isfinite(self.logits).all(dim=1)
 
     @property
     def features(self) -> Tensor:

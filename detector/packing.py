@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from detector.machine import has_onednn
 
 RELUS = {"call_function": (nn.functional.relu, torch.relu), "call_method": ("relu", "relu_")}
-SUMS = (operator.add, operator.iadd, torch.add)
+SUMS = (operator.add, torch.add)  # `+=` is recorded as `+`
 OPERATORS = (
     "_convolution_pointwise", "_get_mkldnn_serialized_md", "_is_mkldnn_bf16_supported", "_reorder_convolution_weight",
 )  # fmt: skip
@@ -132,10 +132,8 @@ def _replace(network: fx.GraphModule, node: fx.Node, convolution: nn.Conv2d, see
 
 
 def _can_be_taken_along(network: fx.GraphModule, node: fx.Node, convolution: fx.Node, seen: _Seen) -> bool:
-    """Whether it adds two tensors of one shape and dtype, not the same, and writes to neither but the convolution's."""
+    """Whether it adds two tensors of one shape and dtype, which are not the same."""
     if node.op != "call_function" or node.target not in SUMS or node.kwargs or len(node.all_input_nodes) != 2:
-        return False
-    if node.target is operator.iadd and node.args[0] is not convolution:
         return False
     if _written_between(network, convolution, node):
         return False
@@ -148,9 +146,7 @@ def _written_between(network: fx.GraphModule, first: fx.Node, last: fx.Node) -> 
     while node is not last:
         name = str(getattr(node.target, "__name__", node.target))
         in_place = node.kwargs.get("inplace", False) or getattr(_module(network, node), "inplace", False)
-        if in_place or (node.op == "call_method" and name.endswith("_")):
-            return True
-        if node.op == "call_function" and (name.endswith("_") or name.startswith("i")):  # operator.iadd, isub …
+        if in_place or (node.op in ("call_function", "call_method") and name.endswith("_")):
             return True
         node = node.next
     return False

@@ -172,6 +172,8 @@ class Settling:
                 except subprocess.TimeoutExpired as error:
                     _kill(self._process)
                     raise BackboneError(f"the compiling process took more than {LIMIT_S:.0f} s") from error
+                finally:
+                    shutil.rmtree(compiling.partial(job, self._process.pid), ignore_errors=True)  # if it was killed
         if self._process.returncode:
             last = (complaint.strip().splitlines() or ["it said nothing"])[-1]
             raise BackboneError(f"the compiling process failed ({self._process.returncode}): {last}")

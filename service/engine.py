@@ -73,6 +73,8 @@ class Engine:
         threads: of torch on the inference thread; as many as it would have by itself where None.
         on_batch: told, on the event loop, of each batch of answers.
         on_restart: told, on the event loop, when the inference loop was lost and begins again.
+        in_place_of: what is served now in the place of a model that failed, and is tried while no image comes; None
+            where nothing is.
     """
 
     def __init__(
@@ -86,11 +88,12 @@ class Engine:
         threads: int | None = None,
         on_batch: BatchDone | None = None,
         on_restart: Callable[[], None] | None = None,
+        in_place_of: Callable[[ServedModel], ServedModel | None] = lambda model: model,
     ) -> None:
         self.capacity, self.timeout_s, self.stall_s, self.window_s = capacity, timeout_s, stall_s, window_s
         self.buckets = buckets(max_batch)
         self._threads = threads
-        self._on_batch, self._on_restart = on_batch, on_restart
+        self._on_batch, self._on_restart, self._in_place_of = on_batch, on_restart, in_place_of
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[_Work] = deque()
         self._changed = threading.Condition()
@@ -193,12 +196,12 @@ class Engine:
     # What follows runs on the inference thread.
 
     def _run(self) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
         lost: deque[float] = deque(maxlen=MOST_RESTARTS)
         try:
             while True:
                 try:
+                    if self._threads is not None:  # again after a loop that was lost in the middle of a forward
+                        torch.set_num_threads(self._threads)
                     self._serve()
                     return
                 except BaseException:  # nothing may end the loop while its budget lasts
@@ -283,7 +286,8 @@ class Engine:
             images = torch.from_numpy(np.stack([work.image for work in batch]))
             if model.detector.asynchronous:
                 images = padded(images, min(bucket for bucket in self.buckets if bucket >= len(images)))
-            outputs = model.detector.backbone.outputs(images)[: len(batch)]
+            checked = not model.detector.asynchronous  # else the host would wait for the device here
+            outputs = model.detector.backbone.outputs(images, checked=checked)[: len(batch)]
             forwarded = time.monotonic()
             scored = model.detector.start_judging(outputs, model.decider, shadows=self._shadows_now(model))
         except NonFiniteFeatures as error:
@@ -326,7 +330,7 @@ class Engine:
             Answer(verdict, Timing(launched.started - work.enqueued, forward_s, score_s))
             for work, verdict in zip(sound, (verdict for verdict in verdicts if verdict.ood.sound), strict=True)
         ]
-        self._failures = 0
+        self._succeeded()
         self._image_seconds += 0.1 * ((done - launched.started) / len(batch) - self._image_seconds)
         self._post(lambda: self._deliver(model, sound, answers))
 
@@ -338,12 +342,15 @@ class Engine:
 
     def _probe(self) -> None:
         """While the server is not ready no requests come, so it must find out by itself whether it works again."""
-        assert self._failing is not None
-        if (error := self._trouble(self._failing)) is not None:
+        model = None if self._failing is None else self._in_place_of(self._failing)
+        if model is not None and (error := self._trouble(model)) is not None:
             log.warning("the engine still fails", exc_info=error)
         else:
-            self._failures = 0
+            self._succeeded()
             log.info("the engine works again")
+
+    def _succeeded(self) -> None:
+        self._failures, self._failing = 0, None  # which would keep a model in memory that is served no more
 
     def _trouble(self, model: ServedModel) -> Exception | None:
         """What keeps a model from judging a black image; None where nothing does."""

@@ -52,7 +52,7 @@ async def running(settings: Settings, metrics: Metrics, tokens: Tokens, lifecycl
     registry = Registry(settings, metrics, watch)
     audit, jpegs = _proven(settings, metrics, registry)
     recent = Recent(metrics)
-    engine = _engine(settings, metrics, recent)
+    engine = _engine(settings, metrics, recent, registry)
     upstream = Upstream(settings) if settings.gate_upstream else None
     decoding = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
     with decoding as decoders, closing(Explainer(settings.torch_threads)) as explainer:
@@ -106,7 +106,7 @@ def _audit(settings: Settings, metrics: Metrics) -> Audit | NoAudit:
     )
 
 
-def _engine(settings: Settings, metrics: Metrics, recent: Recent) -> Engine:
+def _engine(settings: Settings, metrics: Metrics, recent: Recent, registry: Registry) -> Engine:
     engine = Engine(
         max_batch=settings.max_batch,
         capacity=settings.queue_capacity,
@@ -116,6 +116,7 @@ def _engine(settings: Settings, metrics: Metrics, recent: Recent) -> Engine:
         threads=settings.torch_threads,
         on_batch=lambda model, answers: _record(metrics, recent, model, answers),
         on_restart=metrics.engine_restarts.inc,
+        in_place_of=registry.in_place_of,
     )
     metrics.watch(lambda: engine.depth, lambda: time.time() - engine.pulse_age_s, settings.queue_capacity)
     return engine

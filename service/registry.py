@@ -122,6 +122,10 @@ class Registry:
         """Whether there is a model to answer with."""
         return bool(self._models)
 
+    def in_place_of(self, model: ServedModel) -> ServedModel | None:
+        """What is served now under a model's name; None where nothing is."""
+        return self._models.get(model.detector.manifest.name)
+
     def get(self, name: str | None = None, version: str | None = None) -> ServedModel:
         """A model; the default one where no name is given. Raises ModelNotFound."""
         if name is None:
@@ -323,6 +327,9 @@ class Registry:
         name = eager.manifest.name
         model = self._models.get(name)
         if model is not None and model.detector is eager:  # else another version came in the meantime
+            tolerances = settled.manifest.score_tolerance[settled.backbone.precision]
+            # The decider stays the same, for by it the drift tests know that they may go on.
+            model.decider.tolerance = tolerances.get(model.decider.policy.score_name, 0.0)
             self._serve(replace(model, detector=settled))
 
     def _serve(self, model: ServedModel) -> None:

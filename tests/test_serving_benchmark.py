@@ -206,6 +206,12 @@ def test_a_window_lasts_until_every_connection_has_been_answered_a_few_times() -
     assert load.long_enough(8, concurrency=512, images_per_s=0) == load.LONGEST_S
 
 
+def test_an_open_loop_lasts_until_it_has_a_99th_percentile() -> None:
+    assert load.enough_sent(1, rate=1_000) == 1
+    assert load.enough_sent(1, rate=20) == 6
+    assert load.enough_sent(1, rate=0.01) == load.LONGEST_S
+
+
 def test_a_server_is_started_measured_and_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [tmp_path / f"{index}" for index in range(3)]
     for path, pixels in zip(images, toy_images(3, seed=0)[0], strict=True):

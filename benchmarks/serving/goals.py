@@ -157,23 +157,29 @@ def _experiments(measured: Measured) -> list[Goal]:
 
     rows = [
         Goal(
-            "A: second request after a burst ÷ median single request before it", None, 1.2,
+            "A, fp32 eager: second request after a burst ÷ median single request before it", None, 1.2,
             _each(measured.experiment("burst", "A"), second),
         )
     ]  # fmt: skip
     for workload in ("A", "B", "N"):
         runs = measured.experiment("verdict", workload)
         if runs or workload == "A":
-            what = f"{workload}: throughput with verdict ÷ prediction only, same server"
+            what = f"{workload}, fp32 eager: throughput with verdict ÷ prediction only, same server"
             rows.append(Goal(what, 0.95, None, _each(runs, lambda run: float(run["ratio"]))))
-            cost = f"{workload}: the same, images per CPU-second"
+            cost = f"{workload}, fp32 eager: the same, images per CPU-second"
             rows.append(Goal(cost, 0.95, None, _each(runs, lambda run: float(run["ratio_per_cpu_s"]))))
     runs = measured.experiment("growth", "A")
     rows += [
-        Goal("A: throughput at 512 ÷ at 32 concurrent", 0.95, None, _each(runs, grown("images_per_s"))),
-        Goal("A: memory at 512 ÷ at 32 concurrent", None, 1.1, _each(runs, grown("resident_mb"))),
-        Goal("A: p99 at 512 ÷ at 32 concurrent (the queue grows 16-fold)", None, 16, _each(runs, grown("p99_ms")), 1),
+        Goal("A, fp32 eager: throughput at 512 ÷ at 32 concurrent", 0.95, None, _each(runs, grown("images_per_s"))),
+        Goal("A, fp32 eager: memory at 512 ÷ at 32 concurrent", None, 1.1, _each(runs, grown("resident_mb"))),
+        Goal(
+            "A, fp32 eager: p99 at 512 ÷ at 32 concurrent (a queue 16 times as long)",
+            None,
+            16,
+            _each(runs, grown("p99_ms")),
+            1,
+        ),
     ]
     beside = measured.experiment("neighbour", "A")
     fair = _each(beside, lambda run: float(run["share_of_fair"]))
-    return [*rows, Goal("A: share of its fair share beside a busy neighbour", 0.8, None, fair)]
+    return [*rows, Goal("A, fp32 eager: share of its fair share beside a busy neighbour", 0.8, None, fair)]

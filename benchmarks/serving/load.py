@@ -17,6 +17,7 @@ from benchmarks.serving.workloads import ROOT
 
 SCRIPT = Path(__file__).with_name("post.lua")
 ROUNDS, LONGEST_S = 3, 60.0
+LEAST_SENT = 120  # of an open loop: of fewer than a hundred, the 99th percentile is the slowest
 TIMEOUT_S = 120  # of one request; a queue of 512 slow images drains well within it
 
 
@@ -54,6 +55,11 @@ def closed(running: Running, concurrency: int, seconds: float) -> dict[str, floa
 def long_enough(seconds: float, concurrency: int, images_per_s: float) -> float:
     """Seconds in which each connection is answered a few times; else the slowest answers would not be seen."""
     return min(LONGEST_S, max(seconds, ROUNDS * concurrency / max(images_per_s, 1)))
+
+
+def enough_sent(seconds: float, rate: float) -> float:
+    """Seconds in which an open loop sends enough for its 99th percentile."""
+    return min(LONGEST_S, max(seconds, LEAST_SENT / rate))
 
 
 def counted(running: Running, concurrency: int, requests: int) -> dict[str, float]:

@@ -35,7 +35,7 @@ SAME_LABELS = {"fp32": 1.0, "bf16": 0.9}  # rounding may move an image that lies
 class Plan:
     """How long and at what load each server is measured."""
 
-    seconds: float
+    seconds: float  # of each load, or longer where it would see too little
     levels: Sequence[int]
     loads: Sequence[float]  # shares of its own throughput
     rate: float | None  # images/s of one more open loop, the same for every server
@@ -60,7 +60,10 @@ def measure(
         rates = {f"{share:.0%}": share * capacity for share in plan.loads if capacity}
         if plan.rate:
             rates[COMMON] = plan.rate
-        opened = {name: load.open_loop(live, rate, plan.seconds, repeat) for name, rate in rates.items()}
+        opened = {
+            name: load.open_loop(live, rate, load.enough_sent(plan.seconds, rate), repeat)
+            for name, rate in rates.items()
+        }
         return {
             "server": server,
             "asked": precision,

@@ -47,6 +47,7 @@ def section(folder: Path) -> str:
     for letter, result in stored.items():
         figure = f"![Throughput of workload {letter} by concurrency](serving-{letter}.svg)"
         parts += [f"### {letter}: {result['title']}", figure, _workload_table(letter, measured)]
+        parts += [_lengths(result)]
         parts += [f"{one['server']} {one['asked']} failed in repeat {one['repeat']}." for one in result["failures"]]
     growth = measured.experiment("growth", "A")
     if growth:
@@ -62,12 +63,13 @@ def _context(result: dict[str, Any]) -> str:
         f"Python {versions['python']}, torch {versions['torch']}; {peers}. "
         f"{machine['torch_threads']} torch threads and `OMP_WAIT_POLICY=PASSIVE` for everybody. The same network, "
         "weights, preprocessing and images for all; the servers take turns, one running at a time. Peers predict only; "
-        "oodgate predicts, scores, decides and counts.\n\n"
+        "oodgate predicts, scores, decides and counts: in B as the default model does, whose banks hold 1,000 rows; in "
+        "A, C and D with the same seven scores and banks of the 400 photos it was fitted on; in N by energy alone.\n\n"
         "*Efficiency*: images per CPU-second of all the server's processes over a fixed number of requests, 32 under "
         "way, ÷ images per CPU-second of decode + bare forward at batch 16 in one process, measured beside it. "
         "Figures: *median (minimum to maximum)* over the repeats. Open loop: Poisson arrivals at a share of the "
-        "server's own throughput at concurrency 32, and at 90 % of the best peer's, the same rate for all; latency "
-        "counts from the instant a request should have been sent."
+        "server's own throughput at concurrency 32, and at 90 % of the best peer's, the same rate for all servers "
+        "of a repeat; latency counts from the instant a request should have been sent."
     )
 
 
@@ -121,6 +123,15 @@ def _limits(letter: str, measured: Measured) -> Iterator[str]:
         rate = _spread((run["limit"]["images_per_s"] for run in runs), 1)
         cost = _spread((run["limit"]["images_per_cpu_s"] for run in runs), 1)
         yield f"Limit, {forward}: {rate} images/s, {cost} images per CPU-second."
+
+
+def _lengths(result: dict[str, Any]) -> str:
+    alone = [run["closed"]["1"]["images"] for run in result["runs"] if "1" in run["closed"]]
+    sent = [found["sent"] for run in result["runs"] for found in run["open"].values()]
+    return (
+        f"Loads of {result['seconds']:g} s or more: one caller was answered {min(alone):,.0f} to {max(alone):,.0f} "
+        f"times, an open loop sent {min(sent):,.0f} to {max(sent):,.0f} requests."
+    )
 
 
 def _variants(letter: str, measured: Measured) -> Iterator[tuple[str, list[Run]]]:

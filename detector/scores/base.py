@@ -143,11 +143,11 @@ class Score(ABC):
         """float64 [N] on the device of the outputs, larger = more OOD; no side effects.
 
         Raises:
-            NonFiniteFeatures: NaN or infinity in the outputs.
+            NonFiniteFeatures: NaN or infinity in the outputs, where they are `checked`.
         """
         if not len(outputs):
             return outputs.logits.new_zeros(0, dtype=torch.float64)
-        if odd := outputs.once("non-finite", lambda: _non_finite(outputs)):
+        if outputs.checked and (odd := outputs.once("non-finite", lambda: _non_finite(outputs))):
             raise NonFiniteFeatures(odd, f"{self.name} was given")
         return self._score(outputs).double()
 
@@ -190,7 +190,7 @@ class Score(ABC):
 
 def _non_finite(outputs: Outputs) -> list[int]:
     """The images, by their place, for which the network gave NaN or infinity."""
-    finite = torch.isfinite(outputs.penultimate).all(dim=1) & torch.isfinite(outputs.logits).all(dim=1)
+    finite = outputs.finite()
     return [] if bool(finite.all()) else cast(list[int], (~finite).nonzero().flatten().tolist())
 
 

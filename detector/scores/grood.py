@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import partial
+from math import log
 from typing import ClassVar, Self
 
 import torch
@@ -240,13 +241,28 @@ class Grood(GroodFamily):
 
     def _score(self, outputs: Outputs) -> Tensor:
         h, distances = self._placed(outputs)
-        search = self._nearest if self._index is None else partial(self._found, self._index)
+        exact = self._nearest if self.bank.device.type == "cpu" else self._nearest_unawaited
+        search = exact if self._index is None else partial(self._found, self._index)
         return in_parts(search, CHUNK_CELLS // len(self.bank), *_gradient(h, self._anchors[-1], distances))
 
     def _found(self, index: NearestIndex, direction: Tensor, log_pi: Tensor) -> Tensor:
+        rows = index.nearest(_comparable(direction, log_pi), min(CANDIDATES, len(self.bank)))
+        return self._nearest_of(rows, direction, log_pi)
+
+    def _nearest_unawaited(self, direction: Tensor, log_pi: Tensor) -> Tensor:
+        # How many rows float32 cannot tell apart is known to the device alone, and to ask would be to wait for it: so
+        # all is float64 here, and of what that leaves in doubt the first few are enough.
         unit = torch.maximum(log_pi, self._shortest)
         own = (log_pi - unit).exp()[:, None] * direction
-        rows = index.nearest(_comparable(direction, log_pi), min(CANDIDATES, len(self.bank)))
+        theirs = (self._bank_log_pi[:, None] - unit).clamp_max_(log(LONGEST)).exp_()
+        directions = self.bank.double() / self._bank_log_pi.exp()[:, None]
+        keys = (directions @ (-2 * own).T).add_(theirs).mul_(theirs)
+        rows = keys.topk(min(CANDIDATES, len(keys)), dim=0, largest=False).indices.T
+        return self._nearest_of(rows, direction, log_pi)
+
+    def _nearest_of(self, rows: Tensor, direction: Tensor, log_pi: Tensor) -> Tensor:
+        unit = torch.maximum(log_pi, self._shortest)
+        own = (log_pi - unit).exp()[:, None] * direction
         each = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
         return self._distance(own[each], unit[each], rows.flatten()).view(rows.shape).amin(dim=1) * unit.exp()
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -241,10 +242,42 @@ def test_a_network_that_gives_nan_is_refused() -> None:
 def test_two_threads_get_their_own_features() -> None:
     backbone = Backbone(CifarResNet18(5, 8), CIFAR_PREPROCESSING)
     batches = [some_images(backbone, 2), 255 - some_images(backbone, 2)]
-    expected = [backbone.outputs(batch).penultimate for batch in batches]
+
+    def tapped(index: int) -> Tensor:
+        return backbone.outputs(batches[index % 2], early=True).penultimate
+
+    expected = [tapped(0), tapped(1)]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda index: backbone.outputs(batches[index % 2]).penultimate, range(80)))
+        found = list(pool.map(tapped, range(80)))
     assert all(torch.allclose(features, expected[index % 2], atol=1e-6) for index, features in enumerate(found))
+
+
+def test_what_another_thread_does_with_the_network_itself_is_not_seen() -> None:
+    class Meeting(CifarResNet18):
+        """A second thread runs it whole before the first is out of it."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            with ThreadPoolExecutor(1) as other:
+                other.submit(super().forward, torch.ones_like(x)).result()
+            return logits
+
+    module = Meeting(5, 8)
+    backbone = Backbone(module, CIFAR_PREPROCESSING)
+    x = backbone.normalised(some_images(backbone, 2))
+    expected = CifarResNet18.forward(module, x)
+    assert torch.allclose(backbone.outputs_of(x).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_built_again_while_nothing_needs_gradients_has_gradients_all_the_same() -> None:
+    network = CifarResNet18(5, 8)
+    backbone = Backbone(network, CIFAR_PREPROCESSING, rebuild=lambda: deepcopy(network))
+    _ = backbone.forward
+    backbone.release()
+    backbone.outputs(some_images(backbone, 2), early=True)
+    outputs, taps = backbone.differentiable(some_images(backbone, 2), ("layer1",))
+    (gradient,) = torch.autograd.grad(outputs.logits.sum(), [taps["layer1"]])
+    assert bool(torch.isfinite(gradient).all())
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu"])

@@ -69,6 +69,31 @@ def test_folding_leaves_the_network_itself_as_it_was() -> None:
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+class Attentive(nn.Module):
+    """Has a layer that torch.fx does not look into, with a linear layer inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer1 = nn.Conv2d(3, 8, 8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.layer1(x).flatten(2).transpose(1, 2)
+        attended, _ = self.attention(tokens, tokens, tokens)
+        logits: Tensor = self.fc(attended.mean(dim=1))
+        return logits
+
+
+def test_in_bfloat16_too_the_network_itself_stays_as_it_was() -> None:
+    module = Attentive()
+    full, half = Backbone(module, CIFAR_PREPROCESSING), Backbone(module, CIFAR_PREPROCESSING, precision="bf16")
+    expected = full.outputs(images()).penultimate
+    assert torch.allclose(half.outputs(images()).penultimate, expected, atol=0.05 * float(expected.abs().max()))
+    assert torch.equal(full.outputs(images()).penultimate, expected)
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+
 def test_the_lean_form_gives_the_features_of_the_hooked_network() -> None:
     backbone = Backbone(trained(CifarResNet18(5, 8)), CIFAR_PREPROCESSING)
     plain, hooked = backbone.outputs(images()), backbone.outputs(images(), early=True)

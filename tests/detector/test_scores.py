@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,15 +16,16 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from detector import Detector
 from detector.backbone import Backbone
 from detector.errors import EmptyClass, NonFiniteFeatures, ScoreError
 from detector.evaluation import auroc
 from detector.features import bind
 from detector.images import image_ids
 from detector.outputs import Outputs
-from detector.scores import FitOptions, Score, registry
+from detector.scores import FitOptions, Grood, Score, registry, score_all
 from detector.scores.fusion import Fusion, NormalMap, NormalMaps
-from tests.helpers import TOY_CLASSES, toy_images, toy_network
+from tests.helpers import EMBEDDED, TOY_CLASSES, toy_images, toy_network
 
 CLASSES = len(TOY_CLASSES)
 OPTIONS = FitOptions(num_classes=CLASSES, bank_size=120, mixup_images=40)
@@ -610,3 +614,36 @@ def test_a_fusion_before_its_tune_split_says_what_it_needs(
 ) -> None:
     with pytest.raises(ScoreError, match="tune split"):
         Fusion(OPTIONS).bind(fitted).score(seen[0])
+
+
+def on_meta(part: object) -> object:
+    """The same with tensors that have a shape and no content."""
+    if isinstance(part, Tensor):
+        return part.to("meta")
+    if isinstance(part, dict):
+        return {key: on_meta(value) for key, value in part.items()}
+    if isinstance(part, Score | NormalMaps):
+        moved = copy(part)
+        vars(moved).update({key: on_meta(value) for key, value in vars(part).items() if key != "gathered"})
+        return moved
+    return part
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_only_a_check_waits_for_the_device(fitted: dict[str, Score], checked: bool) -> None:
+    scores = cast(dict[str, Score], on_meta(fitted))
+    features = next(score.prototypes for score in scores.values() if isinstance(score, Grood)).shape[1]
+    logits, penultimate = (torch.empty(5, size, device="meta") for size in (CLASSES, features))
+    # What has no content cannot be read by the host, and what the host reads it waits for.
+    with pytest.raises(RuntimeError, match="meta") if checked else nullcontext():
+        found = score_all(scores, FORWARD, Outputs(logits, penultimate, checked=checked))
+        assert all(values.shape == (5,) for values in found.values())
+
+
+def test_unchecked_outputs_that_are_no_numbers_have_nan_for_a_score() -> None:
+    detector = Detector.load(EMBEDDED, device="cpu", precision="fp32")
+    features, classes = detector.backbone.weight.shape[1], detector.backbone.num_classes
+    outputs = Outputs(torch.ones(3, classes), torch.ones(3, features), checked=False)
+    outputs.penultimate[1, 0], outputs.logits[2, 0] = torch.nan, torch.inf
+    verdicts = detector.finish_judging(detector.start_judging(outputs, detector.decider), detector.decider)
+    assert [verdict.ood.sound for verdict in verdicts] == [True, False, False]

@@ -9,6 +9,7 @@ import select
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import chdir, suppress
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from detector import Detector, artifact as artifacts
+from detector.compiled import CompiledForward
 from detector.compiling import libraries
 from detector.settling import ForwardState, Settling, compiler
 from tests.helpers import ROOT, toy_images
@@ -139,13 +141,59 @@ def test_code_is_not_loaded_from_a_directory_that_all_may_write(
 
 
 @needs_compiler
-def test_closing_ends_the_compiling_process(
-    eager: Detector, toy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_compiled_forward_that_is_needed_no_more_leaves_the_memory(
+    settled: tuple[Path, list[Detector]], tmp_path: Path
 ) -> None:
+    (made,) = shutil.copytree(settled[0], tmp_path / "compile").iterdir()
+    forward = CompiledForward(libraries(made))
+    forward(torch.from_numpy(toy_images(3, seed=1)[0]))
+    maps = Path("/proc/self/maps")
+    assert str(made) in maps.read_text()
+    del forward
+    assert str(made) not in maps.read_text()
+
+
+Endless = tuple[Path, Callable[[], list[psutil.Process]]]
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Iterator[Endless]:
+    """A compiler that never ends; and what waits until it runs, and gives the process that called it, and its own."""
+    fifo, compiler = tmp_path / "fifo", tmp_path / "compiler"
+    os.mkfifo(fifo)
+    compiler.write_text(f"#!/bin/sh\necho $PPID $$ > {fifo}\nexec sleep infinity\n")
+    compiler.chmod(0o755)
+    told = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    found: list[psutil.Process] = []
+
+    def running() -> list[psutil.Process]:
+        assert select.select([told], [], [], PATIENCE_S)[0]
+        found.extend(psutil.Process(int(number)) for number in os.read(told, 100).split())
+        assert "detector.compiling" in found[0].cmdline()
+        return found
+
+    yield compiler, running
+    os.close(told)
+    for process in found:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def test_closing_ends_the_compiling_process_and_its_compiler(
+    eager: Detector,
+    toy: Path,
+    tmp_path: Path,
+    endless: Endless,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("CXX", str(endless[0]))
     handed: list[Detector] = []
-    settling = Settling(eager, toy, tmp_path / "compile", handed.append)
+    settling = Settling(eager, toy, tmp_path / "compile", handed.append, niceness=0)
     settling.start()
+    below = endless[1]()
     settling.close()
+    assert not psutil.wait_procs(below, timeout=60)[1]
     assert settling.state.settled
     assert not handed
     assert not list((tmp_path / "compile").glob("*"))
@@ -167,30 +215,15 @@ settling.wait(3600)
 
 
 def test_a_server_that_is_killed_leaves_neither_the_compiling_process_nor_its_compiler(
-    toy: Path, tmp_path: Path
+    toy: Path, tmp_path: Path, endless: Endless
 ) -> None:
-    fifo, endless = tmp_path / "fifo", tmp_path / "compiler"
-    os.mkfifo(fifo)
-    endless.write_text(f"#!/bin/sh\necho $PPID $$ > {fifo}\nexec sleep infinity\n")
-    endless.chmod(0o755)
-    told = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     command = [sys.executable, "-c", SERVER, str(toy), str(tmp_path / "compile")]
-    with subprocess.Popen(command, env=os.environ | {"CXX": str(endless)}, cwd=ROOT) as server:
+    with subprocess.Popen(command, env=os.environ | {"CXX": str(endless[0])}, cwd=ROOT) as server:
         try:
-            assert select.select([told], [], [], PATIENCE_S)[0]
-            below = [psutil.Process(int(number)) for number in os.read(told, 100).split()]
-            assert "detector.compiling" in below[0].cmdline()
-            ends = [os.pidfd_open(process.pid) for process in below]
+            below = endless[1]()
         finally:
             server.kill()
-    try:
-        assert all(select.select([end], [], [], 60)[0] for end in ends)
-    finally:
-        for each in (told, *ends):
-            os.close(each)
-        for process in below:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+    assert not psutil.wait_procs(below, timeout=60)[1]
 
 
 def test_without_a_directory_the_forward_is_settled_at_once(eager: Detector, toy: Path) -> None:

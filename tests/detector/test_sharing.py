@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -84,21 +84,30 @@ def test_two_threads_run_pieces_at_the_same_time() -> None:
 
 
 @pytest.mark.parametrize("piece", [0, 8])
-def test_an_error_in_one_piece_is_raised_when_all_threads_have_stopped(piece: int) -> None:
-    running = threading.Semaphore(0)
+def test_an_error_in_one_piece_is_raised_when_all_threads_have_stopped(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, running, waited_for = threading.Barrier(2, timeout=60), {0, 8}, threading.Event()
+
+    def waiting(helping: list[Future[None]]) -> object:
+        waited_for.set()
+        return wait(helping)
 
     def failing(images: Tensor) -> tuple[Tensor, Tensor]:
-        try:
-            if int(images[0, 0, 0, 0]) == piece:
-                raise ValueError("this piece")
-            return Recorder()(images)
-        finally:
-            running.release()
+        first = int(images[0, 0, 0, 0])
+        both.wait()
+        if first != piece and threading.current_thread() is not threading.main_thread():
+            assert waited_for.wait(60)  # by the main thread, which has failed
+        running.discard(first)
+        if first == piece:
+            raise ValueError("this piece")
+        return Recorder()(images)
 
+    monkeypatch.setattr(sharing, "wait", waiting)
     with pytest.raises(ValueError, match="this piece"):
         shared_out(failing, numbered(16))
+    assert not running
     assert torch.get_num_threads() == 2
-    assert running.acquire(blocking=False)
     first, _ = shared_out(Recorder(), numbered(16))
     assert first.flatten().tolist() == list(range(16))
 

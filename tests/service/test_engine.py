@@ -30,6 +30,7 @@ class Gate:
         self.opened, self.fetched = threading.Event(), threading.Event()
         self.entered, self.judged = threading.Event(), threading.Event()
         self.ran: list[int] = []
+        self.checked: list[bool] = []
         self.batches: list[list[int]] = []
         self.shadows: list[bool] = []
         self.failing: set[int] = set()
@@ -41,8 +42,9 @@ class Gate:
         if is_open:
             self.opened.set()
 
-    def _outputs(self, images: torch.Tensor) -> torch.Tensor:
+    def _outputs(self, images: torch.Tensor, *, checked: bool = True) -> torch.Tensor:
         self.ran.append(len(images))
+        self.checked.append(checked)
         self.entered.set()
         assert self.opened.wait(20)
         values: list[int] = images[:, 0, 0, 0].tolist()
@@ -279,6 +281,35 @@ def test_three_failed_batches_make_it_unhealthy_until_a_probe_succeeds() -> None
         while not engine.healthy:  # the idle thread's own pulse probes it
             await asyncio.to_thread(gate.judged.wait, 20)
         assert gate.batches[-1] == [0]
+
+    run(body)
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_when_the_model_that_failed_is_served_no_more_it_is_healthy_again(replaced: bool) -> None:
+    failing, sound = Gate(), Gate()
+    model, other = failing.model, sound.model
+    failing.failing = {0, 1}
+
+    async def body(engine: Engine) -> None:
+        for _ in range(3):
+            with pytest.raises(ScoringFailed):
+                await engine.judge(model, image(1), soon())
+        while not engine.healthy:  # until the idle thread's pulse
+            await asyncio.to_thread(sound.judged.wait, 0.1)
+        assert sound.ran == ([1] if replaced else [])
+
+    run(body, in_place_of=lambda _: other if replaced else None)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_device_of_its_own_is_not_asked_for_nan_while_it_works(asynchronous: bool) -> None:
+    gate = Gate(asynchronous=asynchronous)
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        await engine.judge(model, image(1), soon())
+        assert gate.checked == [not asynchronous]
 
     run(body)
 

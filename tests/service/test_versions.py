@@ -274,3 +274,15 @@ def wait_until(condition: Any) -> None:
         if condition():
             return
     raise AssertionError("it never came true")
+
+
+def test_a_compiled_forward_that_takes_over_makes_more_verdicts_borderline(toy_models: Path, tmp_path: Path) -> None:
+    with serving(settings(toy_models, tmp_path)) as running:
+        assert not post(running.client, GOOD).json()["ood"]["borderline"]
+        registry = running.context.registry
+        eager = registry.get("toy").detector
+        settled = eager.with_forward(eager.backbone.forward, dict.fromkeys(eager.manifest.scores, 1e9))
+        registry._hand_over(eager, settled)  # as the thread that compiles does
+        assert post(running.client, GOOD).json()["ood"]["borderline"]
+        assert registry.get("toy").detector is settled
+        assert running.client.get("/v1/models/toy/drift").json()["groups"]["all"]["images"] == 2  # they go on
