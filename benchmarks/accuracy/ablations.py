@@ -23,7 +23,7 @@ from benchmarks.accuracy.fitting import fitted, group_means
 from detector.backbone import Backbone
 from detector.evaluation import auroc
 from detector.scores.fusion import Fusion
-from detector.scores.grood import Whitened
+from detector.scores.grood import Grood, Whitened, gradient_bank
 from detector.scores.nearest import NEIGHBOURS, exact_distances, unit_rows
 
 RESULTS = Path("benchmarks/accuracy/results")
@@ -59,6 +59,7 @@ def ablate(known: Features, backbone: Backbone) -> dict[str, Row]:
     }
     table = {names[name]: row for name, row in _means(known, backbone, forms).items()}
     table["whitened: norm"] = _whitened_norm(known, backbone)
+    table["plain: 1-NN, wrongly classified training images in the bank too"] = _whole_bank(known, backbone)
     table |= _without_ood_prototype(known, backbone)
     for generator, text in {"prototype_mean": "mean of the class prototypes", "noise": "mean of blurred noise"}.items():
         for name, row in _means(known, backbone, FORMS, generator).items():
@@ -98,6 +99,15 @@ def _whitened_norm(known: Features, backbone: Backbone) -> Row:
         return log_pi + ((whitened - q).abs().sum(dim=1) / distances[:, -1]).log()
 
     return _measured(log_norm, known)
+
+
+def _whole_bank(known: Features, backbone: Backbone) -> Row:
+    """`grood` with half of all training images in its bank, as many as it has of the correctly classified ones."""
+    score = fitted(("grood",), known, backbone)["grood"]
+    assert isinstance(score, Grood)
+    bank = gradient_bank(known.sets["train"][::2], score.prototypes, score.ood_prototype)
+    whole = Grood.from_state(score.state() | {"bank": bank}, backbone)
+    return _rates(group_means({"grood": whole}, known)["grood"])
 
 
 def _without_ood_prototype(known: Features, backbone: Backbone) -> dict[str, Row]:

@@ -18,7 +18,7 @@ ABSENT = {"adascale": "AdaSCALE", "weiper": "WeiPer"}
 ON_FEATURES = """\
 AUROC in per cent on the same features. `aligned`: the library with our parameters; `defaults`: with its own.
 `their way`: our `gen` with p clipped to [1e-7, 1 - 1e-7] and our `mds` with a ridge of 1e-6 in place of the
-cut of small eigenvalues; these two conventions of the library are all that sets its figures and ours apart.
+cut of small eigenvalues; these two conventions of the library explain every difference of more than 0.2 points.
 """
 ON_IMAGES = """### ODIN
 
