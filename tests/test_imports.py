@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import detector
 import service
-from tests.helpers import ROOT
+from tests.helpers import EMBEDDED, ROOT
 
 
 def imported(path: Path) -> set[str]:
@@ -38,3 +40,13 @@ def test_the_packages_export_their_public_names() -> None:
     classes = {"Detector", "GatedModel", "GatedOutput", "Network", "OodSet", "Policy", "Verdict"}
     assert public == classes | {"calibrate", "evaluate", "fit"}
     assert {"Settings", "create_app"} <= set(vars(service))
+
+
+def test_serving_the_embedded_model_does_not_import_torchvision() -> None:
+    code = (
+        "import sys, service\n"
+        "from detector import Detector\n"
+        f"Detector.load({str(EMBEDDED)!r}, device='cpu')\n"
+        "raise SystemExit('torchvision' in sys.modules)\n"  # 165 MB and a second that only its own networks need
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

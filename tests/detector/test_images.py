@@ -5,9 +5,11 @@ import io
 import struct
 import zlib
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageOps, JpegImagePlugin
 
@@ -306,3 +308,13 @@ def test_a_damaged_file_called_small_announces_few_pixels(name: str, damage: lis
         pytest.fail("it announces more pixels than is_small read")
     except ImageError:
         pass
+
+
+@pytest.mark.parametrize("size", [(500, 375), (1280, 960), (2051, 1537)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 60}], ids=str)
+def test_simplejpeg_gives_the_same_pixels_scaled_ones_too(size: tuple[int, int], options: dict[str, Any]) -> None:
+    data = encoded(photo(*size), "JPEG", **options)
+    image = Image.open(io.BytesIO(data))
+    image.draft("RGB", (2 * LARGE.resize, 2 * LARGE.resize))
+    pixels = simplejpeg.decode_jpeg(data, "RGB", min_width=image.width, min_height=image.height)
+    assert np.array_equal(resize(Image.fromarray(pixels), LARGE), decode(data, LARGE))
