@@ -28,19 +28,22 @@ class Reservoir:
         if len(ids):
             chunk = {"ids": ids, "labels": labels, **rows}
             self._chunks.append({name: value.detach().cpu() for name, value in chunk.items()})
-        if self.per_class is not None and self._pending() > max(self._kept, 256):
-            self._compact()
-        return self
+        return self._bounded()
 
     def merge(self, other: Reservoir) -> Self:
         """Offer all rows of another reservoir."""
         self._chunks.extend(other._chunks)
-        return self
+        return self._bounded()
 
     def rows(self) -> State:
         """The rows kept, ordered by class, then id; empty where none was ever offered."""
         self._compact()
         return self._chunks[0] if self._chunks else {}
+
+    def _bounded(self) -> Self:
+        if self.per_class is not None and self._pending() > max(self._kept, 256):
+            self._compact()
+        return self
 
     def _pending(self) -> int:
         return sum(len(chunk["ids"]) for chunk in self._chunks) - self._kept

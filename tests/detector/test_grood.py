@@ -287,6 +287,14 @@ def test_a_network_that_gets_nothing_right_is_refused(backbone: Backbone, seen: 
         Grood(OPTIONS).partial_fit(outputs, wrong).finalize(backbone)
 
 
+def test_a_reservoir_that_others_are_merged_into_drops_what_it_will_not_keep() -> None:
+    whole = Reservoir(7)
+    for start in range(0, 20_000, 500):
+        whole.merge(Reservoir(7).add(torch.arange(start, start + 500), torch.arange(500) % 3))
+    assert sum(len(chunk["ids"]) for chunk in whole._chunks) < 1_000
+    assert whole.rows()["ids"].tolist() == [*range(0, 21, 3), *range(1, 21, 3), *range(2, 21, 3)]
+
+
 def test_a_reservoir_keeps_the_smallest_ids_in_any_order() -> None:
     ids, labels = torch.randperm(3000), torch.arange(3000) % 3
     kept = Reservoir(7).add(ids, labels).rows()["ids"]
