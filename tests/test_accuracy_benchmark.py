@@ -22,7 +22,6 @@ from torchvision.models import resnet18
 from benchmarks import datasets
 from benchmarks.accuracy import compare, networks, odin, rivals, sets, subjects, verify
 from benchmarks.imagenet import __main__ as imagenet, protocol
-from detector.artifact import WEIGHTS, file_digest
 from detector.backbone import Backbone
 from detector.data import ArrayDataset, Dataset, Subset, batches, open_dataset
 from detector.errors import DataError
@@ -172,13 +171,13 @@ def test_odin_stands_beside_msp_on_the_same_images() -> None:
 
 
 def test_every_result_names_the_weights_it_was_measured_on() -> None:
-    embedded = file_digest(subjects.EMBEDDED / WEIGHTS)
+    ours = {name: subjects.weights(name)["sha256"] for name in ("embedded", "wide")}
     for path in verify.RESULTS.glob("*.json"):
         result = json.loads(path.read_text())
         weights, network = result["weights"], result["network"]
         assert re.fullmatch("[0-9a-f]{64}", weights["sha256"]), path
-        if network == "embedded":
-            assert weights["sha256"] == embedded, f"{path.name} is of another embedded network: measure it again"
+        if network in ours:
+            assert weights["sha256"] == ours[network], f"{path.name} is of another network of ours: measure it again"
         else:
             assert weights["file"] == networks.NETWORKS[network].file
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import networks, subjects
+from benchmarks.accuracy import subjects
 from benchmarks.accuracy.features import LAYERS, SHARES, Features, features
 from benchmarks.accuracy.fitting import fitted, group_means
 from detector.backbone import Backbone
@@ -34,9 +34,9 @@ Row = dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="GROOD taken apart.")
-    parser.add_argument("--network", choices=("resnet20", "resnet56"), required=True)
+    parser.add_argument("--network", choices=("resnet20", "resnet56", "wide"), required=True)
     name = parser.parse_args().network
-    table = ablate(features(name), networks.load(name))
+    table = ablate(features(name), subjects.subject(name).backbone)
     (RESULTS / f"ablations-{name}.json").write_text(
         json.dumps(subjects.provenance(name) | {"rows": table}, indent=1) + "\n"
     )
@@ -60,6 +60,7 @@ def ablate(known: Features, backbone: Backbone) -> dict[str, Row]:
     table = {names[name]: row for name, row in _means(known, backbone, forms).items()}
     table["whitened: norm"] = _whitened_norm(known, backbone)
     table["plain: 1-NN, wrongly classified training images in the bank too"] = _whole_bank(known, backbone)
+    table["whitened by calibration images: margin"] = _whitened_by_held_out(known, backbone)
     table |= _without_ood_prototype(known, backbone)
     for generator, text in {"prototype_mean": "mean of the class prototypes", "noise": "mean of blurred noise"}.items():
         for name, row in _means(known, backbone, FORMS, generator).items():
@@ -99,6 +100,17 @@ def _whitened_norm(known: Features, backbone: Backbone) -> Row:
         return log_pi + ((whitened - q).abs().sum(dim=1) / distances[:, -1]).log()
 
     return _measured(log_norm, known)
+
+
+def _whitened_by_held_out(known: Features, backbone: Backbone) -> Row:
+    """`grood_margin_w` with the spread within classes of images that the network was not trained on."""
+    score = fitted(("grood_margin_w",), known, backbone)["grood_margin_w"]
+    assert isinstance(score, Whitened)
+    features, labels = known.sets["calibration"].double(), known.labels["calibration"]
+    away = features - score._raw_prototypes[labels]
+    score._variances, score._axes = torch.linalg.eigh(away.T @ away / len(away))
+    score.tune(known.outputs("tune"), known.labels["tune"])
+    return _rates(group_means({"grood_margin_w": score}, known)["grood_margin_w"])
 
 
 def _whole_bank(known: Features, backbone: Backbone) -> Row:

@@ -13,9 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.accuracy import networks
-from benchmarks.accuracy.sets import balanced, load_sets
-from detector.artifact import file_digest
+from benchmarks.accuracy import subjects
+from benchmarks.accuracy.sets import TRAIN_IMAGES, balanced
 from detector.backbone import Backbone
 from detector.data import Dataset, Subset
 from detector.features import collect, stream
@@ -23,9 +22,8 @@ from detector.outputs import Outputs
 from detector.scores import FitOptions
 from detector.scores.gather import EarlyMaps
 
-TRAIN_IMAGES = 20_000
 CACHE = Path("build/accuracy")
-LAYERS = ("layer1", "layer2", "layer3")  # of the development networks
+LAYERS = ("layer1", "layer2", "layer3")
 SHARES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
 MIXED_IMAGES, MEAN_IMAGES = 1_000, 5_000  # a mix-up prototype for the ablation: images mixed, images in a class mean
 
@@ -61,8 +59,8 @@ class Features:
 
 
 def features(name: str) -> Features:
-    """The features of a published network, computed where they are not kept."""
-    path = CACHE / f"{name}-{file_digest(networks.weights_file(name))[:12]}.safetensors"
+    """The features of a network of `subjects.NAMES`, computed where they are not kept."""
+    path = CACHE / f"{name}-{subjects.weights(name)['sha256'][:12]}.safetensors"
     if not path.exists():
         _compute(name, path)
     with safe_open(path, framework="pt") as file:
@@ -80,8 +78,8 @@ def features(name: str) -> Features:
 
 
 def _compute(name: str, path: Path) -> None:
-    backbone = networks.load(name)
-    sets = load_sets(networks.NETWORKS[name].known, backbone.preprocessing, train=TRAIN_IMAGES)
+    subject = subjects.subject(name, train=TRAIN_IMAGES)
+    backbone, sets = subject.backbone, subject.sets
     tensors = {"weight": backbone.weight, "bias": backbone.bias}
     known = {"train": sets.train, "tune": sets.tune, "calibration": sets.calibration, "test": sets.test}
     for part, dataset in (known | dict(sets.near) | dict(sets.far)).items():

@@ -28,6 +28,7 @@ from benchmarks.datasets import FAR_OOD, NEAR_OOD, data_dir
 from detector.data import UNLABELLED, ArrayDataset, Dataset, Labels, Subset
 from detector.images import Pixels, Preprocessing, decode, image_ids
 
+TRAIN_IMAGES = 20_000  # of a published network
 SHARES = {"tune": 0.2, "calibration": 0.3, "test": 0.5}
 TRAIN = {"cifar10": "cifar10-train", "cifar100": "cifar100-train15k"}
 NEAR = {"cifar10": NEAR_OOD, "cifar100": ("cifar10-test", "tinyimagenet"), "imagenet": ()}

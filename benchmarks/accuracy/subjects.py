@@ -10,22 +10,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from benchmarks.accuracy import networks
-from benchmarks.accuracy.features import TRAIN_IMAGES
-from benchmarks.accuracy.sets import Sets, balanced, load_sets, spread
+from benchmarks.accuracy.sets import TRAIN_IMAGES, Sets, balanced, load_sets, spread
 from benchmarks.cifar10.splits import split
-from benchmarks.datasets import CIFAR10_CLASSES, FAR_OOD, NEAR_OOD, load
+from benchmarks.datasets import CIFAR10_CLASSES, FAR_OOD, NEAR_OOD, Images, Labels, load
 from detector import Detector
 from detector.artifact import WEIGHTS, file_digest, read_manifest
 from detector.backbone import Backbone
-from detector.data import ArrayDataset, Dataset, Subset
+from detector.data import ArrayDataset, Subset
+from detector.networks import load_network, parse_spec
 
 EMBEDDED = Path("models/cifar10/1")
-NAMES = ("embedded", *networks.NETWORKS)
+WIDE, WIDE_HELD_OUT = Path("benchmarks/accuracy/weights/cifar10-wide.safetensors"), 2_000
+NAMES = ("embedded", "wide", *networks.NETWORKS)
 AskedPrecision = Literal["auto", "fp32", "bf16"]
 
 
@@ -50,16 +49,19 @@ def subject(
     """One of NAMES.
 
     Args:
-        name: `embedded`, the network of the default model, or a published one.
+        name: `embedded`, the network of the default model; `wide`, ours of the published width; or a published one.
         limit: images of each set but train; None takes all.
-        train: training images; None takes 20,000 for a published network, all for the embedded one.
-        precision: of the embedded network, `auto` as it is served on this machine; a published one runs in float32.
+        train: training images; None takes 20,000 for a published network, all for ours.
+        precision: of the embedded network, `auto` as it is served on this machine; others run in float32.
 
     Raises:
         FileNotFoundError: its weights or images are not there.
     """
     if name == "embedded":
-        return _embedded(limit, train, precision)
+        return _ours(Detector.load(EMBEDDED, precision=precision).backbone, split(), limit, train)
+    if name == "wide":
+        module, _, preprocessing = load_network(parse_spec("cifar_resnet18"), str(WIDE))
+        return _ours(Backbone(module, preprocessing), split(WIDE_HELD_OUT), limit, train)
     backbone = networks.load(name)
     known = networks.NETWORKS[name].known
     return Subject(backbone, load_sets(known, backbone.preprocessing, train=train or TRAIN_IMAGES, limit=limit), known)
@@ -68,7 +70,7 @@ def subject(
 def weights(name: str) -> dict[str, str]:
     """The file of a network's weights and its SHA-256; of the embedded network also the model it is read from."""
     if name != "embedded":
-        path = networks.weights_file(name)
+        path = WIDE if name == "wide" else networks.weights_file(name)
         return {"file": path.name, "sha256": file_digest(path)}
     path, manifest = EMBEDDED / WEIGHTS, read_manifest(EMBEDDED)
     return {"file": str(path), "sha256": file_digest(path), "model_digest": manifest.model_digest}
@@ -93,22 +95,21 @@ def named(result: Mapping[str, Any]) -> str:
     return f"Weights `{weights['file']}`, `{weights['sha256'][:12]}`{by}"
 
 
-def _embedded(limit: int | None, train: int | None, precision: AskedPrecision) -> Subject:
-    """The network of the default model, on the images that it was never trained on."""
-    backbone = Detector.load(EMBEDDED, precision=precision).backbone
-    preprocessing = read_manifest(EMBEDDED).preprocessing
+def _ours(
+    backbone: Backbone, parts: Mapping[str, tuple[Images, Labels]], limit: int | None, train: int | None
+) -> Subject:
+    """A network of ours, on the images that it was trained on and those that it was not."""
 
-    def dataset(images: NDArray[np.uint8], labels: NDArray[np.int64] | None) -> Dataset:
-        return spread(ArrayDataset(images, labels, preprocessing, classes=CIFAR10_CLASSES), limit)
+    def dataset(images: Images, labels: Labels | None) -> ArrayDataset:
+        return ArrayDataset(images, labels, backbone.preprocessing, classes=CIFAR10_CLASSES)
 
-    parts = split()
-    fit = ArrayDataset(*parts["fit"], preprocessing, classes=CIFAR10_CLASSES)
+    fit = dataset(*parts["fit"])
     sets = Sets(
         fit if train is None else Subset(fit, balanced(fit.labels, train)),
-        dataset(*parts["tune"]),
-        dataset(*parts["calibration"]),
-        dataset(*load("cifar10-test")),
-        {name: dataset(load(name)[0], None) for name in NEAR_OOD},
-        {name: dataset(load(name)[0], None) for name in FAR_OOD},
+        spread(dataset(*parts["tune"]), limit),
+        spread(dataset(*parts["calibration"]), limit),
+        spread(dataset(*load("cifar10-test")), limit),
+        {name: spread(dataset(load(name)[0], None), limit) for name in NEAR_OOD},
+        {name: spread(dataset(load(name)[0], None), limit) for name in FAR_OOD},
     )
     return Subject(backbone, sets, "cifar10")
