@@ -61,6 +61,7 @@ bench-serving: $(VENV)/.dev
 	for workload in N B A C D; do $(BIN)/python -m benchmarks.serving.run --workload $$workload $(BENCH_FLAGS) || exit 1; done
 	for workload in N B A; do $(BIN)/python -m benchmarks.serving.experiments --workload $$workload $(BENCH_FLAGS) || exit 1; done
 	$(BIN)/python -m benchmarks.serving.cost --workload N
+	$(BIN)/python -m benchmarks.serving.cost --workload N --concurrency 1
 	$(BIN)/python -m benchmarks.serving.cost --workload B --precision auto
 	$(BIN)/python -m benchmarks.serving.table
 

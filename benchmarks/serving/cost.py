@@ -3,10 +3,11 @@
 
     python -m benchmarks.serving.cost --workload N
     python -m benchmarks.serving.cost --workload B --precision auto
+    python -m benchmarks.serving.cost --workload N --concurrency 1
 
 Both are CPU clocks of threads, so that a neighbour on the machine does not show. The second run is under cProfile,
 which makes small functions look larger than they are: read it for shares, and the first for times. Writes
-benchmarks/serving/results/cost-WORKLOAD.txt.
+benchmarks/serving/results/cost-WORKLOAD.txt, or cost-WORKLOAD-at-1.txt.
 """
 
 from __future__ import annotations
@@ -68,25 +69,25 @@ def _cpu_seconds(thread: threading.Thread) -> float:
     return time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0))
 
 
-def measure(workload: Workload, precision: str, seconds: float) -> str:
+def measure(workload: Workload, precision: str, concurrency: int, seconds: float) -> str:
     """The report, as text."""
-    requests = _run(workload, precision, seconds)
+    requests = _run(workload, precision, concurrency, seconds)
     threads = json.loads(THREADS.read_text())
-    head = f"workload {workload.letter}, precision {precision}, concurrency {SATURATED}, {requests:.0f} requests"
+    head = f"workload {workload.letter}, precision {precision}, concurrency {concurrency}, {requests:.0f} requests"
     lines = [head, ""]
     lines += ["microseconds of CPU per request, by thread"]
     lines += [
         f"{1e6 * used / requests:9.1f}  {name}" for name, used in sorted(threads.items(), key=lambda item: -item[1])
     ]
     os.environ[ASKED] = "1"
-    profiled = _run(workload, precision, seconds)
+    profiled = _run(workload, precision, concurrency, seconds)
     lines += ["", "microseconds per request on the event loop, under cProfile"]
     return "\n".join([*lines, _functions(profiled), ""])
 
 
-def _run(workload: Workload, precision: str, seconds: float) -> float:
+def _run(workload: Workload, precision: str, concurrency: int, seconds: float) -> float:
     with running(COSTED, workload, precision) as live:
-        return sum(load.closed(live, SATURATED, each)["images"] for each in (WARM_S, seconds))
+        return sum(load.closed(live, concurrency, each)["images"] for each in (WARM_S, seconds))
 
 
 def _functions(requests: float) -> str:
@@ -116,14 +117,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--workload", choices=WORKLOADS, default="N")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--concurrency", type=int, default=SATURATED)
     parser.add_argument("--seconds", type=float, default=8)
     args = parser.parse_args()
     workload = WORKLOADS[args.workload]
     networks.ensure(workload)
     stop_cleanly()
-    report = measure(workload, args.precision, args.seconds)
+    report = measure(workload, args.precision, args.concurrency, args.seconds)
+    at = "" if args.concurrency == SATURATED else f"-at-{args.concurrency}"
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"cost-{workload.letter}.txt").write_text(report)
+    (RESULTS / f"cost-{workload.letter}{at}.txt").write_text(report)
     print(report)
 
 

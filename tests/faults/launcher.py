@@ -27,13 +27,13 @@ _run = Backbone.outputs
 _fault = "none"
 
 
-def spoiled(backbone: Backbone, images: Tensor) -> Outputs:
+def spoiled(backbone: Backbone, images: Tensor, *, checked: bool = True) -> Outputs:
     """What the network gives, or what has befallen it."""
     if _fault == "exception":
         raise RuntimeError("injected")
     if _fault == "memory":
         raise torch.cuda.OutOfMemoryError("injected: out of memory on the device")
-    outputs = _run(backbone, images)
+    outputs = _run(backbone, images, checked=checked)
     if _fault == "nan":
         return replace(outputs, penultimate=outputs.penultimate * torch.nan)  # the scores are made of it
     if _fault == "white":
