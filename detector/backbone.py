@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A network and its taps: uint8 images -> Outputs(logits, penultimate, early).
 
-The last linear layer is found by watching one forward pass, so no architecture needs a special case.
 Resuming from the early layer is a forward hook that replaces its output: one mechanism for every network.
 Plain outputs come from the lean form of the network (`forward.py`), which has no hooks.
 """
@@ -14,31 +13,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cached_property
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from detector.errors import BackboneError, DataError, NonFiniteFeatures, TapNotFound
-from detector.forward import UNDISTURBED, Forward, Precision as Precision, of_this_thread
+from detector.forward import Forward, Precision as Precision
 from detector.images import Preprocessing
 from detector.outputs import Outputs
 from detector.sharing import shared_out
 from detector.staging import Staging
+from detector.taps import UNDISTURBED, find_early, find_head, layer, of_this_thread
 
 log = logging.getLogger(__name__)
 
 Mode = Literal["eager", "compiled"]
-T = TypeVar("T")
 
 AGREEMENT: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.1}  # of the largest feature
 SHARED_FROM = 50_000  # weights; a smaller network is done before a second thread is awake
-
-# The first that exists: ResNets, then MobileNets, ConvNeXt and Swin of torchvision, ViT, then the names of timm.
-EARLY_CANDIDATES = (
-    "layer1", "features.1", "encoder.layers.encoder_layer_2", "stages.0", "layers.0", "blocks.0",
-)  # fmt: skip
 
 
 class Run(Protocol):
@@ -86,12 +80,12 @@ class Backbone:
         self._network: nn.Module | None = self._prepared(module)
         scale = torch.tensor([preprocessing.mean, preprocessing.std], device=self.device).mul(255).view(2, 3, 1, 1)
         self._mean, self._std = scale
-        self.head = head or self._find_head()
+        self.head = head or find_head(module, torch.zeros(2, 3, *preprocessing.crop, device=self.device))
         head_module = self._layer(self.head)
         self.weight: Tensor = head_module.get_parameter("weight").float()  # [C, D]
         bias = getattr(head_module, "bias", None)
         self.bias: Tensor = bias.float() if isinstance(bias, Tensor) else self.weight.new_zeros(len(self.weight))
-        self.early = early or self._find_early()
+        self.early = early or find_early(module)
         self._layer(self.early)
         weights = sum(parameter.numel() for parameter in module.parameters())
         self._shared_out = self.device.type == "cpu" and weights >= SHARED_FROM
@@ -342,60 +336,10 @@ class Backbone:
         return module
 
     def _layer(self, path: str) -> nn.Module:
-        try:
-            module: nn.Module = self.module.get_submodule(path)
-            return module
-        except AttributeError:
-            names = ", ".join(name for name, _ in self.module.named_modules() if name and name.count(".") < 2)
-            raise TapNotFound(f"the network has no layer {path!r}; it has {names}") from None
-
-    def _find_head(self) -> str:
-        found: list[tuple[str, Tensor]] = []
-
-        def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
-            def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-                if isinstance(output, Tensor):
-                    found.append((path, output))
-
-            return keep
-
-        handles = [
-            module.register_forward_hook(of_this_thread(watch(path)))
-            for path, module in self.module.named_modules()
-            if _is_linear(module)
-        ]
-        # Not inference mode: an in-place operation of the network on its own buffers must stay possible.
-        try:
-            with UNDISTURBED.running(), torch.no_grad():
-                logits = self.module(torch.zeros(2, 3, *self.preprocessing.crop, device=self.device))
-        finally:
-            for handle in handles:
-                handle.remove()
-        if not isinstance(logits, Tensor):
-            raise BackboneError(
-                f"the network must return its logits as one tensor; it returned {type(logits).__name__}"
-            )
-        for path, output in reversed(found):
-            if output.shape == logits.shape and torch.equal(output, logits):
-                return path
-        raise TapNotFound("the logits are not the output of a linear layer; GROOD needs logits = W h + b")
-
-    def _find_early(self) -> str:
-        names = {name for name, _ in self.module.named_modules()}
-        for candidate in EARLY_CANDIDATES:
-            if candidate in names:
-                return candidate
-        known = ", ".join(EARLY_CANDIDATES)
-        raise TapNotFound(f"none of the usual early layers ({known}) exists here; name one with --early-layer")
+        return layer(self.module, path)
 
 
 def _refuse_non_finite(logits: Tensor) -> None:
     finite = torch.isfinite(logits).all(dim=1)
     if not bool(finite.all()):
         raise NonFiniteFeatures((~finite).nonzero().flatten().tolist(), "the network gave")
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # By its parameters rather than its class: an unflattened export has modules of its own class.
-    parameters = dict(module.named_parameters(recurse=False))
-    return "weight" in parameters and parameters["weight"].ndim == 2 and set(parameters) <= {"weight", "bias"}

@@ -8,12 +8,9 @@ fitted and calibrated through this form too. Taps and gradients use the network 
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from copy import deepcopy
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,56 +19,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from detector.errors import BackboneError
 from detector.images import Preprocessing
 from detector.packing import can_pack, pack
+from detector.taps import UNDISTURBED, of_this_thread
 
 Precision = Literal["fp32", "bf16"]
-T = TypeVar("T")
-
-
-class Undisturbed:
-    """Keeps runs of networks and traces of torch.fx apart.
-
-    While it traces, torch.fx replaces `nn.Module.__call__` for the whole process, so a network that another thread runs
-    then would be recorded, or break. Runs do not wait for each other; a trace waits for them, and new ones for it.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._running, self._wanted = 0, 0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """While a network runs; not to be entered again inside."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._wanted)
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def tracing(self) -> Iterator[None]:
-        """While torch.fx traces."""
-        with _ONE_TRACE, self._changed:
-            self._wanted += 1
-            try:
-                self._changed.wait_for(lambda: not self._running)
-                yield
-            finally:
-                self._wanted -= 1
-                self._changed.notify_all()
-
-
-_ONE_TRACE = threading.Lock()
-UNDISTURBED = Undisturbed()
-
-
-def of_this_thread(hook: Callable[..., T]) -> Callable[..., T | None]:
-    """A hook that heeds only the thread that made it: the network may be an application's own, at work elsewhere."""
-    thread = threading.get_ident()
-    return lambda *given: hook(*given) if threading.get_ident() == thread else None
 
 
 class Forward(nn.Module):
