@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.accuracy import subjects
 from benchmarks.accuracy.features import LAYERS, SHARES, Features, features
 from benchmarks.accuracy.fitting import fitted, group_means
+from benchmarks.accuracy.sets import balanced
 from detector.backbone import Backbone
 from detector.evaluation import auroc
 from detector.scores.fusion import Fusion
@@ -28,7 +29,7 @@ from detector.scores.nearest import NEIGHBOURS, exact_distances, unit_rows
 
 RESULTS = Path("benchmarks/accuracy/results")
 FORMS = ("grood", "grood_margin", "grood_w", "grood_margin_w")
-BANKS = (100, 300, 1_000, 3_000, 10_000, 20_000)
+BANK, BANKS = 10_000, (100, 300, 1_000, 3_000, 10_000, 20_000)
 Row = dict[str, float]
 
 
@@ -114,12 +115,17 @@ def _whitened_by_held_out(known: Features, backbone: Backbone) -> Row:
 
 
 def _whole_bank(known: Features, backbone: Backbone) -> Row:
-    """`grood` with half of all training images in its bank, as many as it has of the correctly classified ones."""
+    """`grood` with as many training images in its bank as it has of the correctly classified ones, right or wrong."""
     score = fitted(("grood",), known, backbone)["grood"]
     assert isinstance(score, Grood)
-    bank = gradient_bank(known.sets["train"][::2], score.prototypes, score.ood_prototype)
+    bank = gradient_bank(_bank(known), score.prototypes, score.ood_prototype)
     whole = Grood.from_state(score.state() | {"bank": bank}, backbone)
     return _rates(group_means({"grood": whole}, known)["grood"])
+
+
+def _bank(known: Features) -> Tensor:
+    """Features of training images, as many of each class, as many as a bank has by default."""
+    return known.sets["train"][torch.from_numpy(balanced(known.labels["train"].numpy(), BANK))]
 
 
 def _without_ood_prototype(known: Features, backbone: Backbone) -> dict[str, Row]:
@@ -129,7 +135,7 @@ def _without_ood_prototype(known: Features, backbone: Backbone) -> dict[str, Row
     assert isinstance(score, Whitened)
     transform = score.whitening.double()
     centred = known.sets["train"].double().mean(dim=0)
-    bank = unit_rows((known.sets["train"].double() - centred) @ transform)[::2]
+    bank = unit_rows((_bank(known).double() - centred) @ transform)
 
     def distances(h: Tensor) -> Tensor:
         return exact_distances(h.double() @ transform, score.prototypes.double())

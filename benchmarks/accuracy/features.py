@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.accuracy import subjects
-from benchmarks.accuracy.sets import TRAIN_IMAGES, balanced
+from benchmarks.accuracy.sets import balanced
 from detector.backbone import Backbone
 from detector.data import Dataset, Subset
 from detector.features import collect, stream
@@ -60,7 +60,8 @@ class Features:
 
 def features(name: str) -> Features:
     """The features of a network of `subjects.NAMES`, computed where they are not kept."""
-    path = CACHE / f"{name}-{subjects.weights(name)['sha256'][:12]}.safetensors"
+    train = len(subjects.subject(name).sets.train)
+    path = CACHE / f"{name}-{subjects.weights(name)['sha256'][:12]}-{train}.safetensors"
     if not path.exists():
         _compute(name, path)
     with safe_open(path, framework="pt") as file:
@@ -78,7 +79,7 @@ def features(name: str) -> Features:
 
 
 def _compute(name: str, path: Path) -> None:
-    subject = subjects.subject(name, train=TRAIN_IMAGES)
+    subject = subjects.subject(name)
     backbone, sets = subject.backbone, subject.sets
     tensors = {"weight": backbone.weight, "bias": backbone.bias}
     known = {"train": sets.train, "tune": sets.tune, "calibration": sets.calibration, "test": sets.test}

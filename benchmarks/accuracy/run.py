@@ -71,8 +71,15 @@ def main() -> None:
         print(f"{name:20} {row['near'].get('auroc', float('nan')):.4f} {row['far']['auroc']:.4f}")
 
 
-def measure(scores: Mapping[str, Score], backbone: Backbone, sets: Sets) -> dict[str, Any]:
-    """Accuracy, the tables of each score, and the paired differences."""
+def measure(
+    scores: Mapping[str, Score],
+    backbone: Backbone,
+    sets: Sets,
+    *,
+    ours: Sequence[str] = OURS,
+    rivals: Sequence[str] = RIVALS,
+) -> dict[str, Any]:
+    """Accuracy, the tables of each score, and the paired differences of ours and the rivals."""
     test = collect(backbone, sets.test, scores=scores)
     values: Values = {name: {"test": value} for name, value in _values(test).items()}
     for name, dataset in (dict(sets.near) | dict(sets.far)).items():
@@ -83,7 +90,7 @@ def measure(scores: Mapping[str, Score], backbone: Backbone, sets: Sets) -> dict
         "accuracy": test.accuracy(),
         "ood_images": {name: len(dataset) for name, dataset in (dict(sets.near) | dict(sets.far)).items()},
         "scores": {name: _row(by_set, groups) for name, by_set in values.items()},
-        "differences": _differences(values, groups),
+        "differences": _differences(values, groups, ours, rivals),
     }
 
 
@@ -134,15 +141,17 @@ def _row(by_set: Mapping[str, NDArray[np.float64]], groups: Mapping[str, Sequenc
     return row
 
 
-def _differences(values: Values, groups: Mapping[str, Sequence[str]]) -> dict[str, dict[str, dict[str, list[float]]]]:
+def _differences(
+    values: Values, groups: Mapping[str, Sequence[str]], ours: Sequence[str], rivals: Sequence[str]
+) -> dict[str, dict[str, dict[str, list[float]]]]:
     """For each of our forms, each rival and group: the difference of the mean AUROC and its paired 95 % interval."""
     table: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for ours in (name for name in OURS if name in values):
-        table[ours] = {rival: {} for rival in RIVALS if rival in values}
-        for rival, row in table[ours].items():
+    for form in (name for name in ours if name in values):
+        table[form] = {rival: {} for rival in rivals if rival in values}
+        for rival, row in table[form].items():
             for group in (group for group, members in groups.items() if members):
                 sides = [
-                    ({name: values[one][name] for name in groups[group]}, values[one]["test"]) for one in (ours, rival)
+                    ({name: values[one][name] for name in groups[group]}, values[one]["test"]) for one in (form, rival)
                 ]
                 row[group] = list(paired_bootstrap(sides[0][1], sides[0][0], sides[1][1], sides[1][0], n=REPLICATES))
     return table

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The second freeze: GROOD with its OOD prototype from blurred noise, alone and in a fusion, beside the first.
+
+    python -m benchmarks.accuracy.second --network densenet_cifar10
+
+Chosen on the development networks, after the first confirmation runs, and written into frozen.toml before it was run on
+a confirmation network. Writes benchmarks/accuracy/results/second-NETWORK.json, as `run` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+from benchmarks.accuracy import subjects
+from benchmarks.accuracy.marks import frozen
+from benchmarks.accuracy.run import RESULTS, measure
+from benchmarks.accuracy.sets import Sets
+from detector.backbone import Backbone
+from detector.features import collect, fit_scores, tune_scores
+from detector.scores import FitOptions, Fusion, Score, registry
+
+FIRST = ("grood_margin", "rg", "gen", "energy", *Fusion.members, "fusion")
+OF_NOISE = {"grood_noise": "grood", "grood_margin_noise": "grood_margin"}
+FUSIONS = ("fusion_noise", "fusion_unwhitened")
+OURS = (*OF_NOISE, *FUSIONS)  # marked in every table
+RIVALS = ("knn", "vim", "fdbd", "gen", "rg", "energy", "nci", "grood", "grood_margin_w", "fusion")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The second freeze on one network.")
+    parser.add_argument("--network", choices=subjects.NAMES, required=True)
+    name = parser.parse_args().network
+    subject = subjects.subject(name)
+    backbone, sets = subject.backbone, subject.sets
+    result = subjects.provenance(name) | {
+        "known": subject.known,
+        "precision": backbone.precision,
+        "features": backbone.weight.shape[1],
+        "images": {part: len(getattr(sets, part)) for part in ("train", "tune", "test")},
+        "lowdim_parameters": [],
+        "refused": {},
+    }
+    result |= measure(fitted(backbone, sets), backbone, sets, ours=OURS, rivals=RIVALS)
+    (RESULTS / f"second-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for score, row in sorted(result["scores"].items(), key=lambda item: -item[1]["near"]["auroc"]):
+        print(f"{score:20} {row['near']['auroc']:.4f} {row['far']['auroc']:.4f}")
+
+
+def fitted(backbone: Backbone, sets: Sets) -> dict[str, Score]:
+    """The first freeze's scores and the second's, fitted in one pass and tuned."""
+    options = FitOptions(num_classes=backbone.num_classes)
+    scores, _ = fit_scores(FIRST, backbone, sets.train, options)
+    noise = replace(options, generator="noise")
+    scores |= {name: _again(scores[of], of, noise, backbone) for name, of in OF_NOISE.items()}
+    scores |= {name: _fusion(frozen()["second"][name], options) for name in FUSIONS}
+    tune_scores(scores, collect(backbone, sets.tune))
+    return scores
+
+
+def _again(score: Score, name: str, options: FitOptions, backbone: Backbone) -> Score:
+    """The same score of the same images with another OOD prototype."""
+    other = registry()[name](options)
+    other.gathered = score.gathered
+    return other.finalize(backbone)
+
+
+def _fusion(of: Sequence[str], options: FitOptions) -> Score:
+    class Other(Fusion):
+        members = tuple(of)
+
+    return Other(options)
+
+
+if __name__ == "__main__":
+    main()
