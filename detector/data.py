@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from os import cpu_count
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +23,7 @@ from detector.encoded import UNLABELLED as UNLABELLED, FileDataset, digest
 from detector.errors import DataError
 from detector.files import Files, is_uri
 from detector.images import IMAGE_SUFFIXES, Limits, Pixels, Preprocessing, resize
+from detector.machine import cores
 
 Labels = NDArray[np.int64]
 AHEAD = 3  # batches decoded while the network works on one
@@ -170,7 +170,7 @@ def batches(dataset: Dataset, batch_size: int, *, start: int = 0, workers: int |
         DataError: an image cannot be read; the message names it.
     """
     starts = range(start, len(dataset), batch_size)
-    with ThreadPoolExecutor(workers or cpu_count() or 1, thread_name_prefix="decode") as pool:
+    with ThreadPoolExecutor(workers or cores(), thread_name_prefix="decode") as pool:
         waiting: deque[tuple[NDArray[np.int64], list[Future[Pixels]]]] = deque()
         for first in starts:
             indices = np.arange(first, min(first + batch_size, len(dataset)))

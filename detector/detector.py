@@ -22,12 +22,12 @@ from detector.backbone import Backbone, Precision, Run
 from detector.errors import ArtifactCorrupt, ArtifactError, CalibrationError, GoldenMismatch, OodgateError
 from detector.features import bind
 from detector.images import Limits, Pixels, decode, image_ids
-from detector.machine import fast_in_bfloat16, one_thread, resolve_device, return_freed_memory
+from detector.machine import exact_float32, fast_in_bfloat16, one_thread, resolve_device, return_freed_memory
 from detector.networks import build, load_export
 from detector.outputs import Outputs
 from detector.policy import CalibrationScores, Decider, Grouping, Policy, Verdict
 from detector.scores import Score, registry, score_all
-from detector.staging import download
+from detector.staging import Download, download
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,10 @@ LIGHT_CELLS = 2**22  # of the largest tensor of a score, up to which one thread 
 
 @dataclass(frozen=True)
 class Scored:
-    """A batch between its scores and its verdicts: logits [N, C] and scores float64 [N], still on the device."""
+    """A batch between its scores and its verdicts: on their way from the device, logits [N, C] and each score [N]."""
 
-    logits: Tensor
-    scores: Mapping[str, Tensor]
+    names: tuple[str, ...]
+    download: Download
 
 
 class Detector:
@@ -93,6 +93,7 @@ class Detector:
         """
         artifact = artifacts.load(Path(path))
         target = resolve_device(device)
+        exact_float32(target)
         *preferred, last = _candidates(artifact.manifest, target, precision)
         for candidate in preferred:
             try:
@@ -204,13 +205,15 @@ class Detector:
             if not outputs.checked:
                 finite = outputs.finite()
                 scores = {name: values.where(finite, torch.nan) for name, values in scores.items()}
-            return Scored(outputs.logits, scores)
+            return Scored((*scores,), Download([outputs.logits, *scores.values()]))
 
     def finish_judging(self, scored: Scored, decider: Decider) -> list[Verdict]:
         """Fetch what `start_judging` started, and decide: verdicts, one an image."""
         with self._threads():
-            scores = {name: values.cpu().numpy() for name, values in scored.scores.items()}
-            return decider.decide(scored.logits.cpu(), scores)
+            logits, *scores = scored.download.tensors()
+            return decider.decide(
+                logits, {name: values.numpy() for name, values in zip(scored.names, scores, strict=True)}
+            )
 
     def _threads(self) -> AbstractContextManager[None]:
         return one_thread() if self._light else nullcontext()

@@ -32,7 +32,6 @@ from detector.networks import NetworkSpec, export_network
 from detector.policy import Grouping, Policy
 from detector.scores import FitOptions, Fusion, registry
 from detector.scores.index import require_faiss
-from detector.scores.lowdim_full import chosen_parameters
 
 PUBLISHED = ("grood", "grood_norm")
 # All that need nothing beyond the forward pass, without the product family, whose members the others cover.
@@ -119,10 +118,10 @@ def fit(
     export = _export(network)
     backbone = Backbone(network.module, network.preprocessing, early=network.early, device=device)
     class_names = _class_names(network, backbone)
-    accuracy = check_class_order(backbone, train, class_names)
-    backbone.check_resume(torch.from_numpy(next(batches(train, 8)).images))
     options = replace(options or FitOptions(), num_classes=backbone.num_classes)
     _refuse_options(options, backbone, names)
+    accuracy = check_class_order(backbone, train, class_names)
+    backbone.check_resume(torch.from_numpy(next(batches(train, 8)).images))
     workdir = out.with_name(f"{out.name}.fit.partial")
     fitted, fit_ids = fit_scores(
         names, backbone, train, options, engine=engine, workdir=workdir, report=report, resumed=resumed
@@ -270,12 +269,10 @@ def _refuse_mixed_classes(confusion: NDArray[np.int64], class_names: Sequence[st
 
 def _refuse_options(options: FitOptions, backbone: Backbone, names: Sequence[str]) -> None:
     """What a score would say after the whole pass over the training images, said before it."""
-    if options.generator == "images" and options.ood_images is None:
-        raise ScoreError("the generator `images` needs images: pass FitOptions(ood_images=...) or --ood-images PATH")
     if options.index:
         require_faiss()
-    if any(registry()[name].backward for name in names):
-        chosen_parameters(backbone, options.lowdim_parameters)
+    for name in names:
+        registry()[name].refuse(backbone, options)
 
 
 def _refuse_early(

@@ -4,14 +4,32 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from math import ceil
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from detector.errors import BackboneError
+
+CGROUP = Path("/sys/fs/cgroup")
+QUOTAS = (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"])  # of version 2 and 1: quota, period
+
+
+def cores() -> int:
+    """Cores this process may use: those of its affinity, and no more than its cgroup has time for."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in QUOTAS:
+        with suppress(OSError, ValueError):  # there is no such file, or it says `max`
+            quota, period = (int(word) for name in files for word in (CGROUP / name).read_text().split())
+            if quota > 0:  # -1: no limit
+                return min(allowed, ceil(quota / period))
+    return allowed
 
 
 @contextmanager
@@ -31,6 +49,12 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
+def reclaim_memory() -> None:
+    """Give back what only cycles keep, too, such as the weights of a traced network that nobody serves any more."""
+    gc.collect()
+    return_freed_memory()
+
+
 def resolve_device(name: str) -> torch.device:
     """cpu, cuda, cuda:N, or auto: cuda where there is one; BackboneError where the device is not there."""
     try:
@@ -42,6 +66,12 @@ def resolve_device(name: str) -> torch.device:
             f"there is no {name} here; {torch.cuda.device_count()} CUDA devices were found. Use cpu or auto"
         )
     return device
+
+
+def exact_float32(device: torch.device) -> None:
+    """Keep float32 convolutions of CUDA from TF32, in this process: what was calibrated has more digits than that."""
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def fast_in_bfloat16(device: torch.device) -> bool:

@@ -66,7 +66,7 @@ class Settling:
         threads: int | None = None,
         niceness: int = 19,
     ) -> None:
-        self._detector, self._model, self._hand_over = detector, model, hand_over
+        self._model = model
         self._threads = threads or torch.get_num_threads()
         self._directory = None if directory is None else directory.absolute()  # the compiler runs elsewhere
         self._niceness = niceness
@@ -78,7 +78,10 @@ class Settling:
         self._closed = False
         self._process: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
-        if not wanted:
+        if wanted:  # nobody but the thread holds the eager detector, whose weights leave the memory once it has settled
+            arguments = detector, hand_over
+            self._thread = threading.Thread(target=self._settle, args=arguments, name="settling", daemon=True)
+        else:
             self._done.set()
 
     @property
@@ -88,8 +91,7 @@ class Settling:
 
     def start(self) -> None:
         """Begin, on a thread of its own."""
-        if not self._done.is_set():
-            self._thread = threading.Thread(target=self._settle, name="settling", daemon=True)
+        if self._thread is not None:
             self._thread.start()
 
     def wait(self, timeout_s: float) -> bool:
@@ -102,18 +104,18 @@ class Settling:
             self._closed = True
             if self._process is not None:
                 _kill(self._process)
-        if self._thread is not None:
+        if self._thread is not None and self._thread.is_alive():
             self._thread.join()
 
-    def _settle(self) -> None:
-        told = {"model": self._detector.manifest.name, "version": self._detector.manifest.version}
+    def _settle(self, eager: Detector, hand_over: Callable[[Detector], None]) -> None:
+        told = {"model": eager.manifest.name, "version": eager.manifest.version}
         mode = self._state.mode
         torch.set_num_threads(self._threads)  # else it has as many as another thread set for itself just now
         try:
-            detector = self._compiled()
+            detector = self._compiled(eager)
             if self._closed:
                 return
-            self._hand_over(detector)
+            hand_over(detector)
             mode = detector.backbone.mode
             log.info("the compiled forward serves", extra=told)
         except (OodgateError, OSError, ValueError) as error:
@@ -125,8 +127,8 @@ class Settling:
             self._state = replace(self._state, mode=mode, settled=True)
             self._done.set()
 
-    def _compiled(self) -> Detector:
-        manifest, precision = self._detector.manifest, self._detector.backbone.precision
+    def _compiled(self, eager: Detector) -> Detector:
+        manifest, precision = eager.manifest, eager.backbone.precision
         if self._directory is None:
             raise AssertionError("nothing is compiled without a directory")
         _make_private(self._directory)
@@ -144,7 +146,7 @@ class Settling:
         except (BackboneError, OSError, ValueError):
             shutil.rmtree(out)  # damaged: the next start makes it again
             raise
-        detector = self._detector.with_forward(forward, moves)
+        detector = eager.with_forward(forward, moves)
         detector.self_test(artifacts.load(self._model).golden)
         return detector
 

@@ -17,6 +17,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from detector.machine import cores
+
 Outcome = tuple[Tensor, Tensor]
 
 SMALL = 128 * 128  # pixels
@@ -76,7 +78,7 @@ def _least(images: Tensor) -> int:
 
 @cache
 def _helpers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="forward")
+    return ThreadPoolExecutor(cores(), thread_name_prefix="forward")
 
 
 os.register_at_fork(after_in_child=_helpers.cache_clear)  # threads do not live on in a child

@@ -62,11 +62,37 @@ class _Buffer:
             self._copied.record(stream)
 
 
+class Download:
+    """Floating tensors of N rows on their way to the CPU, from a device all in one copy.
+
+    What that device is given to do afterwards does not delay them: the copy is waited for, not the stream.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._shapes = [tensor.shape for tensor in tensors]
+        self._copied: torch.cuda.Event | None = None
+        if not _away(tensors):
+            self._rows = [tensor.double() for tensor in tensors]
+            return
+        widths = [shape[1:].numel() for shape in self._shapes]
+        rows = [tensor.reshape(len(tensor), width).double() for tensor, width in zip(tensors, widths, strict=True)]
+        there = torch.cat(rows, dim=1)
+        here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True).copy_(there, non_blocking=True)
+        self._rows = [*torch.split(here, widths, dim=1)]
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied.record(torch.cuda.current_stream(there.device))
+
+    def tensors(self) -> list[Tensor]:
+        """They, float64, once they are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return [rows.reshape(shape) for rows, shape in zip(self._rows, self._shapes, strict=True)]
+
+
+def _away(tensors: Sequence[Tensor]) -> bool:
+    return any(tensor.is_cuda for tensor in tensors)
+
+
 def download(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Floating tensors of N rows on the CPU, float64, all in one copy from their device."""
-    if not tensors:
-        return []
-    widths = [tensor.shape[1:].numel() for tensor in tensors]
-    rows = [tensor.reshape(len(tensor), width).double() for tensor, width in zip(tensors, widths, strict=True)]
-    parts = torch.split(torch.cat(rows, dim=1).cpu(), widths, dim=1)
-    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    """Floating tensors of N rows on the CPU, float64, from a device all in one copy."""
+    return Download(tensors).tensors()

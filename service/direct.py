@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -57,7 +58,9 @@ class App(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         """Starlette asks for this once, before the first request."""
-        return Observe(Direct(super().build_middleware_stack(), self._direct), **self._observed)
+        stack = super().build_middleware_stack()
+        assert isinstance(stack, ServerErrorMiddleware)  # Observe does its work, and knows who left from what failed
+        return Observe(Direct(stack.app, self._direct), **self._observed)
 
 
 async def _answer(route: APIRoute, parameters: dict[str, str], scope: Scope, receive: Receive, send: Send) -> None:

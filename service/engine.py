@@ -224,17 +224,27 @@ class Engine:
             self._fail(left, EngineLost())
 
     def _serve(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            launched = self._launch(batch) if batch else None
-            if self._running is not None:
-                self._finish(self._running)
-            # A device that works on its own gets its next batch before this one is fetched.
-            pending = launched is not None and launched.model.detector.asynchronous
-            self._running = launched if pending else None
-            if launched is not None and not pending:
-                self._finish(launched)
-            if not batch and not self.healthy:
-                self._probe()
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """Run one batch, or do what is to be done without one; whether another may come."""
+        batch = self._next_batch()
+        if batch is None:
+            return False
+        launched = self._launch(batch) if batch else None
+        if self._running is not None:
+            self._finish(self._running)
+        # A device that works on its own gets its next batch before this one is fetched.
+        pending = launched is not None and launched.model.detector.asynchronous
+        self._running = launched if pending else None
+        if launched is not None and not pending:
+            self._finish(launched)
+        # While idle it holds no image, and no model that may be served no more.
+        self._in_hand = self._running.work if self._running is not None else []
+        if not batch and not self.healthy:
+            self._probe()
+        return True
 
     def _next_batch(self) -> list[_Work] | None:
         """What is run next: empty where there is something else to do, None where nothing will ever come."""
@@ -257,6 +267,11 @@ class Engine:
 
     def _cut(self) -> list[_Work]:
         """Take the images of the model whose turn it is: a full bucket, or all there are where batches are padded."""
+        now = time.monotonic()
+        # Before they are counted: a future that is done belongs to a caller who has gone, and a timer tells the late.
+        self._waiting = deque(work for work in self._waiting if work.deadline > now and not work.future.done())
+        if not self._waiting:
+            return []
         model = self._waiting[0].model
         batch = list(islice((work for work in self._waiting if work.model is model), self.buckets[-1]))
         if not model.detector.asynchronous:
@@ -276,11 +291,6 @@ class Engine:
 
     def _launch(self, batch: list[_Work]) -> _Launched | None:
         started = time.monotonic()
-        self._fail([work for work in batch if work.deadline <= started], DeadlinePassed(self.timeout_s))
-        # A future that is done belongs to a caller who has gone.
-        batch = [work for work in batch if work.deadline > started and not work.future.done()]
-        if not batch:
-            return None
         model = batch[0].model
         try:
             images = torch.from_numpy(np.stack([work.image for work in batch]))
@@ -295,7 +305,8 @@ class Engine:
             if not any(odd):  # in the padding alone, which can only be chance: to begin again might never end
                 self._failed(model, batch, error)
                 return None
-            return self._launch(self._sound(model, batch, odd))
+            sound = self._sound(model, batch, odd)
+            return self._launch(sound) if sound else None
         except Exception as error:
             self._failed(model, batch, error)
             return None
@@ -367,7 +378,7 @@ class Engine:
         self._shadow_share -= 1
         return True
 
-    def _fail(self, batch: Sequence[_Work], error: ScoringFailed | DeadlinePassed | EngineLost) -> None:
+    def _fail(self, batch: Sequence[_Work], error: ScoringFailed | EngineLost) -> None:
         def deliver() -> None:
             for work in batch:
                 if not work.future.done():

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, closing
 import torch
 
 from detector.errors import OodgateError
-from detector.machine import resolve_device, return_freed_memory
+from detector.machine import reclaim_memory, resolve_device
 from detector.nvjpeg import NvJpeg
 from service import logs
 from service.audit import Audit, NoAudit
@@ -47,6 +47,10 @@ async def running(settings: Settings, metrics: Metrics, tokens: Tokens, lifecycl
         BackboneError: the device is not there, or cannot decode JPEGs as asked.
     """
     started = time.monotonic()
+    # What was imported lives as long as the server and need not be looked through at every full collection, 0.2 s each.
+    # Models come and go: what they leave is found.
+    gc.collect()
+    gc.freeze()
     torch.set_num_threads(settings.torch_threads)
     watch = Watch(settings, metrics)
     registry = Registry(settings, metrics, watch)
@@ -76,9 +80,6 @@ async def running(settings: Settings, metrics: Metrics, tokens: Tokens, lifecycl
         if tokens.open and not is_loopback(settings.host):
             log.warning("open to everybody who reaches it: no tokens are set", extra={"host": settings.host})
         registry.settle()
-        # What lives as long as the server need not be looked through at every full collection, 0.2 s each.
-        gc.collect()
-        gc.freeze()
         log.info("ready", extra={"models": registry.names, "seconds": round(time.monotonic() - started, 3)})
         yield context
         await _stop(context, chores)
@@ -154,7 +155,7 @@ def _chores(context: Context) -> Iterator[Coroutine[None, None, None]]:
             for write in context.watch.writes():
                 await asyncio.to_thread(write)
             # Else what thousands of short-lived buffers leave between long-lived ones adds up, megabytes an hour.
-            await asyncio.to_thread(return_freed_memory)
+            await asyncio.to_thread(reclaim_memory)
 
     yield measure_lag()
     yield refresh_drift()

@@ -19,7 +19,7 @@ from typing import TypeVar
 from detector.artifact import MANIFEST
 from detector.detector import Detector
 from detector.errors import ArtifactCorrupt, ArtifactNotFound, OodgateError, ScoreError
-from detector.machine import return_freed_memory
+from detector.machine import reclaim_memory, return_freed_memory
 from detector.policy import Policy
 from detector.settling import ForwardState, Settling
 from service.errors import ModelNotFound
@@ -199,15 +199,15 @@ class Registry:
             StateUnwritable: a version that the admin went back to could not be forgotten, so nothing was changed.
         """
         async with self._one_change:
-            model = self.get(name)
+            version = self.get(name).detector.manifest.version
             await self._aside(partial(self._pinned.release, name))
             self._tried |= {path: _changed(path) for path in self._versions(name)}
             self._watch.end(name)
             self._metrics.retire(name)
             self._models = {other: served for other, served in self._models.items() if other != name}
             settling = self._settling.pop(name)
-        await self._aside(settling.close)
-        log.info("model unloaded", extra={"model": name, "version": model.detector.manifest.version})
+        await self._aside(partial(_let_go, settling))
+        log.info("model unloaded", extra={"model": name, "version": version})
 
     async def set_policy(self, name: str, policy: Policy, changed_by: str) -> ServedModel:
         """Decide by another policy from now on, recomputed from the stored calibration scores; it outlives a restart.
@@ -219,9 +219,10 @@ class Registry:
         """
         async with self._one_change:
             model = self.get(name)
-            changed = self._under(model, policy)
+            self._under(model, policy)  # what cannot be kept is not remembered
             digest = model.detector.manifest.model_digest
             await self._aside(partial(self._policies.write, name, digest, policy, changed_by))
+            changed = self._under(self.get(name), policy)  # its compiled forward may have taken over meanwhile
             self._serve(changed)
         await self._aside(return_freed_memory)  # the limits of the drift tests took tens of megabytes
         log.info("policy changed", extra={"model": name, "policy": policy.model_dump(), "changed_by": changed_by})
@@ -264,7 +265,7 @@ class Registry:
             self._take(model, directory)
             self._settling[name].start()
         if before is not None:
-            await self._aside(before.close)
+            await self._aside(partial(_let_go, before))
         return model
 
     async def _aside(self, work: Callable[[], T]) -> T:
@@ -338,6 +339,12 @@ class Registry:
         self._metrics.announce(manifest, model.decider, str(backbone.device), backbone.precision)
         self._watch.begin(model)
         self._models = self._models | {manifest.name: model}
+
+
+def _let_go(settling: Settling) -> None:
+    """Free a model that is served no more; what still answers with it frees it later."""
+    settling.close()
+    reclaim_memory()
 
 
 def _number(directory: Path) -> int:

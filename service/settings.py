@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -16,10 +15,11 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from detector.images import DEFAULT_MAX_BYTES, DEFAULT_MAX_PIXELS, Limits
+from detector.machine import cores
 from service.security import is_loopback
 from service.tracing import can_export
 
-CORES = os.cpu_count() or 1
+CORES = cores()
 
 
 def _largest_batch(settings: dict[str, Any]) -> int:

@@ -182,6 +182,15 @@ def test_every_result_names_the_weights_it_was_measured_on() -> None:
             assert weights["file"] == networks.NETWORKS[network].file
 
 
+@pytest.mark.parametrize("path", sorted(verify.RESULTS.glob("ablations-*.json")), ids=lambda path: path.stem)
+def test_an_ablation_is_of_the_images_that_its_networks_result_is_of(path: Path) -> None:
+    ablation = json.loads(path.read_text())
+    scores = json.loads((verify.RESULTS / f"{ablation['network']}.json").read_text())["scores"]
+    for score, row in verify.ABLATED.items():
+        for group in ("near", "far"):
+            assert abs(ablation["rows"][row][group] - scores[score][group]["auroc"]) <= verify.TOLERANCE, (score, group)
+
+
 @pytest.mark.data
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_the_weights_at_hand_are_those_of_the_results(name: str) -> None:

@@ -106,6 +106,10 @@ def test_the_build_context_holds_what_the_image_copies_and_no_more() -> None:
     assert let_in == {path for paths in copies for path in paths.split()}
 
 
+def test_image_keeps_the_allocator_from_an_arena_for_each_thread() -> None:
+    assert "MALLOC_ARENA_MAX=2" in DOCKERFILE
+
+
 @pytest.mark.parametrize("instruction", ["ENTRYPOINT", "CMD"])
 def test_image_starts_without_a_shell_so_that_signals_arrive(instruction: str) -> None:
     [arguments] = re.findall(rf"^{instruction} (.*)$", DOCKERFILE, re.MULTILINE)

@@ -17,6 +17,8 @@ from benchmarks import decode, score_cost
 from benchmarks.heat import chosen_of, table
 from benchmarks.readme import results
 from benchmarks.scaling import table as scaling
+from benchmarks.serving import table as serving_table
+from benchmarks.serving.results import RESULTS as SERVING
 from detector.artifact import read_manifest
 from detector.errors import OodgateError
 from detector.scores import registry
@@ -129,6 +131,7 @@ def test_the_performance_page_shows_what_was_measured() -> None:
     measured = json.loads((ROOT / "benchmarks" / "results" / "score_cost.json").read_text())
     assert score_cost.table(measured) in page
     assert measured["model"] == read_manifest(EMBEDDED).model_digest
+    assert serving_table.section(SERVING) in page
 
 
 def test_the_heat_maps_compared_are_those_that_were_measured() -> None:

@@ -6,23 +6,32 @@ from __future__ import annotations
 import re
 import tomllib
 
+import torch
+
 from benchmarks.accuracy import run
 from benchmarks.accuracy.marks import MARK
 from benchmarks.accuracy.table import document, trust
-from detector import fitting
+from detector import Detector, fitting
+from detector.artifact import read_manifest
+from detector.cifar_resnet import CifarResNet18
+from detector.outputs import Outputs
 from detector.scores import (
     FitOptions,
     Fusion,
+    Grood,
     boundary,
     fusion,
+    gaussian,
     gradient_norm,
+    grood,
     logit,
     nac,
     nearest,
     rectified,
     registry,
 )
-from tests.helpers import ROOT
+from detector.taps import find_early
+from tests.helpers import EMBEDDED, ROOT
 
 
 def test_the_code_holds_the_frozen_constants() -> None:
@@ -35,18 +44,51 @@ def test_the_code_holds_the_frozen_constants() -> None:
     for name in ("grood_w", "grood_margin", "grood_margin_w"):
         assert frozen["grood_w"]["mixup_coefficient"] == registry()[name].mixup_coefficient  # type: ignore[attr-defined]
     assert frozen["grood_w"]["form"] == run.OURS[0]
+    assert quarter_powers(frozen["grood_w"]["shrinkage"]) == grood.SHRINKAGES
+    assert quarter_powers(frozen["grood_w"]["temperature"]) == grood.TEMPERATURES
     rivals = frozen["rivals"]
     assert rivals["knn_neighbours"] == nearest.NEIGHBOURS
     assert rivals["clip_quantile"] == gradient_norm.CLIP_QUANTILE
     assert rivals["scale_percentile"] == rectified.SCALE_PERCENTILE
     assert (rivals["gen_power"], rivals["gen_classes"]) == (logit.GEN_POWER, logit.GEN_CLASSES)
     assert rivals["nci_alpha"] == boundary.NCI_ALPHA
+    most, wide, fewer, middle = map(int, re.findall(r"\d+", rivals["vim_dimensions"]))
+    sizes = (wide, wide - 1, middle, middle - 1)
+    assert [gaussian.vim_dimensions(size) for size in sizes] == [most, fewer, fewer, (middle - 1) // 2]
     assert frozen["nac"]["thresholds"] == nac.THRESHOLDS
     assert frozen["nac"]["full_coverage_pooled"] == nac.FULL_POOLED
     assert frozen["nac"]["full_coverage_stage"] == nac.FULL_STAGE
     assert tuple(frozen["fusion"]["members"]) == Fusion.members
     assert frozen["fusion"]["tail"] == fusion.TAIL
     assert frozen["policy"]["decider"] == fitting.default_decider(tuned=True)
+    assert frozen["changed"]["default_model"]["bank_size"] == read_manifest(EMBEDDED).fit.bank_size
+
+
+def quarter_powers(rule: str) -> tuple[float, ...]:
+    """What a rule "... of BASE^(LOW .. HIGH) in quarter powers" chooses from."""
+    found = re.search(r"of (\d+)\^\((-?\d+) \.\. (-?\d+)\) in quarter powers", rule)
+    assert found
+    base, low, high = map(int, found.groups())
+    return tuple(base ** (quarter / 4) for quarter in range(4 * low, 4 * high + 1))
+
+
+def test_the_mix_up_is_at_the_first_stage() -> None:
+    frozen = tomllib.loads((ROOT / "benchmarks" / "accuracy" / "frozen.toml").read_text())
+    assert {frozen[form]["early_layer"] for form in ("grood", "grood_w")} == {"first stage"}
+    assert read_manifest(EMBEDDED).early == find_early(CifarResNet18(10, 8)) == "layer1"
+
+
+def test_grood_is_the_distance_to_the_frozen_neighbour() -> None:
+    frozen = tomllib.loads((ROOT / "benchmarks" / "accuracy" / "frozen.toml").read_text())
+    score = Detector.load(EMBEDDED, device="cpu", precision="fp32").fitted["grood"]
+    assert isinstance(score, Grood)
+    features = torch.rand(20, score.prototypes.shape[1], generator=torch.Generator().manual_seed(0))
+    direction, log_pi = grood.grood_gradient(features, score.prototypes, score.ood_prototype)
+    gradients = log_pi.exp()[:, None] * direction
+    distances = torch.cdist(gradients, score.bank.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    expected = distances.kthvalue(frozen["grood"]["neighbours"], dim=1).values
+    found = score.score(Outputs(torch.zeros(20, len(score.prototypes)), features))
+    assert torch.allclose(found, expected, rtol=1e-6)
 
 
 def test_no_row_of_a_score_that_changed_after_the_freeze_is_without_its_mark() -> None:

@@ -19,6 +19,7 @@ from detector.images import Preprocessing
 from detector.outputs import Outputs
 from detector.policy import DOUBT, CalibrationScores, Decider, Grouping, Policy, Verdict
 from detector.scores import Grood, score_all
+from detector.staging import Download
 
 CALIBRATION = 1_000
 
@@ -31,18 +32,18 @@ class Subject:
     grood: Grood
     decider: Decider
 
-    def start(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Host uint8 images up, forward and score started: logits and scores, on the device."""
-        return self.score(self.backbone.outputs(images))
+    def start(self, images: Tensor) -> Download:
+        """Host uint8 images up, forward and score started: logits and scores, on their way back."""
+        return Download(self.score(self.backbone.outputs(images, checked=False)))
 
     def score(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
         """Logits, and the score of each image, on the device."""
         return outputs.logits, score_all({"grood": self.grood}, ("grood",), outputs)["grood"]
 
-    def finish(self, started: tuple[Tensor, Tensor]) -> list[Verdict]:
+    def finish(self, started: Download) -> list[Verdict]:
         """Verdicts of what was started."""
-        logits, scores = started
-        return self.decider.decide(logits.cpu(), {"grood": scores.cpu().numpy()})
+        logits, scores = started.tensors()
+        return self.decider.decide(logits, {"grood": scores.numpy()})
 
 
 def subject(network: str, size: int, bank: int, classes: int, device: str, precision: Precision) -> Subject:

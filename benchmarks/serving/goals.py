@@ -38,8 +38,11 @@ class Goal:
 class Measured:
     """The runs of all workloads and the experiments, by what is asked of them."""
 
-    def __init__(self, runs: dict[str, Sequence[Run]], experiments: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self, runs: dict[str, Sequence[Run]], experiments: Sequence[dict[str, Any]], resident_mb: Sequence[float] = ()
+    ) -> None:
         self._runs, self._experiments = runs, experiments
+        self.resident_mb = tuple(resident_mb)  # of the default model's server, alone
 
     def of(self, workload: str, server: str, asked: str) -> list[Run]:
         """The runs of a server, by repeat."""
@@ -124,7 +127,7 @@ def _against_peers(measured: Measured) -> list[Goal]:
     for asked, how in FORMS:
         single = measured.over_peers("A", (asked, "fp32"), closed(1, "p50_ms"), min, ("fastapi",))
         rows.append(Goal(f"A: p50 at concurrency 1, {how} ÷ plain FastAPI's", None, 1.05, single))
-    loads = ((COMMON, "90 % of the best peer's throughput"), ("90%", "90 % of its own throughput each"))
+    loads = ((COMMON, "one rate for all, near 90 % of the best peer's"), ("90%", "90 % of its own throughput each"))
     for workload, (load, at), (asked, how) in product(("A", "B", "C"), loads, FORMS):
         tails = measured.over_peers(workload, (asked, "fp32"), _tail(load), min)
         if tails or (load, asked) == (COMMON, "auto"):
@@ -143,7 +146,7 @@ def _alone(measured: Measured) -> list[Goal]:
         ]
     return [
         *rows,
-        Goal("B: resident memory, eager, MB", None, 700, _each(default, lambda run: float(run["resident_mb"])), 0),
+        Goal("default model alone: resident memory when ready, eager, MB", None, 700, measured.resident_mb, 0),
         Goal("B: import to ready, s", None, 5, _each(default, lambda run: float(run["ready_s"])), 1),
     ]
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from detector.cli import main
-from detector.detector import Detector
+from detector.detector import Detector, Scored
 from detector.outputs import Outputs
 from detector.policy import Decider, OodEvidence, Prediction, Verdict
+from detector.staging import Download
 from service.metrics import Metrics
 from service.registry import Registry
 
@@ -26,8 +27,12 @@ NOTHING = OodEvidence(
 class PredictionOnly(Detector):
     """A detector that only predicts."""
 
-    def judge(self, outputs: Outputs, decider: Decider | None = None) -> list[Verdict]:
-        confidence, index = outputs.logits.softmax(1).max(1)
+    def start_judging(self, outputs: Outputs, decider: Decider, *, shadows: bool = True) -> Scored:
+        return Scored((), Download([outputs.logits]))
+
+    def finish_judging(self, scored: Scored, decider: Decider) -> list[Verdict]:
+        (logits,) = scored.download.tensors()
+        confidence, index = logits.softmax(1).max(1)
         names = self.manifest.class_names
         return [
             Verdict("accept", "none", Prediction(i, names[i], value), replace(NOTHING))

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from benchmarks.serving import environments
-from benchmarks.serving.servers import SERVERS, THREADS
+from benchmarks.serving.servers import THREADS
 from benchmarks.serving.workloads import Workload
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,6 +31,7 @@ def write_runs(
     seconds: float,
     runs: Sequence[dict[str, Any]],
     failures: Sequence[dict[str, Any]],
+    common_rate: float | None = None,
 ) -> None:
     """The runs of one workload; those of servers and precisions that were not run again are kept."""
     path = folder / f"{workload.letter}.json"
@@ -40,19 +41,23 @@ def write_runs(
     def kept(name: str) -> list[dict[str, Any]]:
         return [run for run in old[name] if (run["server"], run["asked"]) not in new]
 
-    content = {"workload": workload.letter, "title": workload.title, "seconds": seconds}
+    content = {"workload": workload.letter, "title": workload.title, "seconds": seconds, "common_rate": common_rate}
     write(path, content | {"failures": [*kept("failures"), *failures], "runs": [*kept("runs"), *runs]})
 
 
-def common_rate(folder: Path, workload: Workload) -> float | None:
-    """90 % of what the best peer was last seen to do at concurrency 32, images/s; None before peers were measured."""
+def common_rate(folder: Path, workload: Workload, peers: Sequence[float]) -> float | None:
+    """The rate of the open loop that is the same for every server, images/s.
+
+    Args:
+        folder: where a rate is found that another run used.
+        workload: whose.
+        peers: throughputs at concurrency 32: 90 % of the best; where there is none, the rate that peers had before.
+    """
+    if peers:
+        return COMMON_SHARE * max(peers)
     path = folder / f"{workload.letter}.json"
-    runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    by_peer: dict[str, list[float]] = {}
-    for run in runs:
-        if SERVERS[run["server"]].peer and "32" in run["closed"]:
-            by_peer.setdefault(run["server"], []).append(run["closed"]["32"]["images_per_s"])
-    return max((COMMON_SHARE * median(rates) for rates in by_peer.values()), default=None)
+    stored: dict[str, float | None] = json.loads(path.read_text()) if path.exists() else {}
+    return stored.get("common_rate")
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -85,6 +90,15 @@ def spread(values: Iterable[float]) -> tuple[float, float, float]:
     """Minimum, median and maximum."""
     ordered = sorted(values)
     return ordered[0], median(ordered), ordered[-1]
+
+
+def at_32(run: dict[str, Any]) -> float:
+    """Images per second with 32 under way: by count, or by a window where that saw more.
+
+    A window loses what is under way at its end; the client that counts is slower than wrk.
+    """
+    window = run["closed"].get("32", run["counted"])
+    return float(max(run["counted"]["images_per_s"], window["images_per_s"]))
 
 
 def efficiency(run: dict[str, Any]) -> float:

@@ -14,10 +14,11 @@ from typing import Any
 from benchmarks.readme import replaced
 from benchmarks.serving import plots
 from benchmarks.serving.goals import Goal, Measured, Run, closed, goals
-from benchmarks.serving.results import COMMON, PEER_PACKAGES, RESULTS, efficiency, spread
-from benchmarks.serving.servers import SERVERS
+from benchmarks.serving.results import COMMON, PEER_PACKAGES, RESULTS, at_32, efficiency, spread
+from benchmarks.serving.servers import PEERS as PEER_NAMES, SERVERS
 from benchmarks.serving.workloads import ROOT, WORKLOADS
 
+START_UP = ROOT / "benchmarks" / "results" / "start_up.json"
 PAGE, MARKER = ROOT / "docs" / "performance.md", "serving"
 EMPTY = f"## Serving\n\n<!-- {MARKER} -->\n<!-- /{MARKER} -->\n"
 PEERS = """\
@@ -40,14 +41,18 @@ def section(folder: Path) -> str:
     }
     experiments = folder / "experiments.json"
     found = json.loads(experiments.read_text())["experiments"] if experiments.exists() else []
-    measured = Measured({letter: result["runs"] for letter, result in stored.items()}, found)
     if not stored:
         raise FileNotFoundError(f"{folder} holds no result; run `python -m benchmarks.serving.run` first")
-    parts = [_context(next(iter(stored.values()))), PEERS, "### Goals", _goal_table(goals(measured))]
+    alone = json.loads(START_UP.read_text())["resident_mb"]
+    measured = Measured({letter: result["runs"] for letter, result in stored.items()}, found, (alone,))
+    first = next(iter(stored.values()))
+    parts = [_context(first), PEERS, "### Goals", _goal_table(goals(measured))]
     for letter, result in stored.items():
         figure = f"![Throughput of workload {letter} by concurrency](serving-{letter}.svg)"
         parts += [f"### {letter}: {result['title']}", figure, _workload_table(letter, measured)]
-        parts += [_lengths(result)]
+        parts += [_lengths(result), *_common_rates(letter, measured)]
+        if _machine(result) != _machine(first):
+            parts.append(f"Measured on another machine: {_machine(result)}.")
         parts += [f"{one['server']} {one['asked']} failed in repeat {one['repeat']}." for one in result["failures"]]
     growth = measured.experiment("growth", "A")
     if growth:
@@ -59,8 +64,7 @@ def _context(result: dict[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
     peers = ", ".join(f"{package} {versions[package]}" for package in (*PEER_PACKAGES, "fastapi"))
     return (
-        f"{machine['cpu']} ({', '.join(machine['features'])}), {machine['cores']} cores, {machine['memory_gb']} GB; "
-        f"Python {versions['python']}, torch {versions['torch']}; {peers}. "
+        f"{_machine(result)}; Python {versions['python']}, torch {versions['torch']}; {peers}. "
         f"{machine['torch_threads']} torch threads and `OMP_WAIT_POLICY=PASSIVE` for everybody. The same network, "
         "weights, preprocessing and images for all; the servers take turns, one running at a time. Peers predict only; "
         "oodgate predicts, scores, decides and counts: in B as the default model does, whose banks hold 1,000 rows; in "
@@ -69,8 +73,14 @@ def _context(result: dict[str, Any]) -> str:
         "way, ÷ images per CPU-second of decode + bare forward at batch 16 in one process, measured beside it. "
         "Figures: *median (minimum to maximum)* over the repeats. Open loop: Poisson arrivals at a share of the "
         "server's own throughput at concurrency 32, and at 90 % of the best peer's, the same rate for all servers "
-        "of a repeat; latency counts from the instant a request should have been sent."
+        "of a repeat; latency counts from the instant a request should have been sent. *Memory*: proportional set "
+        "size, in which pages of libraries that the driver and the limit's process have too are counted in part."
     )
+
+
+def _machine(result: dict[str, Any]) -> str:
+    told = result["machine"]
+    return f"{told['cpu']} ({', '.join(told['features'])}), {told['cores']} cores, {told['memory_gb']} GB"
 
 
 def _goal_table(rows: Sequence[Goal]) -> str:
@@ -100,7 +110,7 @@ def _workload_table(letter: str, measured: Measured) -> str:
             server,
             f"{first['precision']} {first['mode']}{asked}",
             _spread(map(efficiency, runs), 2),
-            _spread(map(closed(32, "images_per_s"), runs), 0 if first["closed"]["32"]["images_per_s"] > 200 else 1),
+            _spread(map(at_32, runs), 0 if at_32(first) > 200 else 1),
             f"{_level(runs, 1, 'p50_ms')}, {_level(runs, 1, 'p99_ms')}",
             _level(runs, 32, "p99_ms"),
             _open(runs, "50%"),
@@ -132,6 +142,21 @@ def _lengths(result: dict[str, Any]) -> str:
         f"Loads of {result['seconds']:g} s or more: one caller was answered {min(alone):,.0f} to {max(alone):,.0f} "
         f"times, an open loop sent {min(sent):,.0f} to {max(sent):,.0f} requests."
     )
+
+
+def _common_rates(letter: str, measured: Measured) -> Iterator[str]:
+    """Which share the common rate was of what the best peer of the same repeat did."""
+    best: dict[int, float] = {}
+    rates: dict[int, float] = {}
+    for server, runs in _variants(letter, measured):
+        for run in runs:
+            if server in PEER_NAMES:
+                best[run["repeat"]] = max(best.get(run["repeat"], 0.0), at_32(run))
+            if COMMON in run["open"]:
+                rates[run["repeat"]] = run["open"][COMMON]["rate"]
+    shares = [f"{rates[repeat] / best[repeat]:.0%}" for repeat in sorted(best.keys() & rates.keys())]
+    if shares:
+        yield f"The common rate, of what the best peer of the repeat did: {', '.join(shares)}."
 
 
 def _variants(letter: str, measured: Measured) -> Iterator[tuple[str, list[Run]]]:

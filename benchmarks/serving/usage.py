@@ -32,7 +32,11 @@ def cpu_seconds(root: psutil.Process) -> float:
 
 
 def resident_mb(root: psutil.Process) -> float:
-    """Proportional set size of the tree in MB: pages that processes share are counted once."""
+    """Proportional set size of the tree in MB: pages that its processes share are counted once.
+
+    What they share with processes beside them, the limit's and the driver's, is counted in part: for what a server
+    holds when it is alone see `benchmarks.start_up`.
+    """
     total = 0
     for process in tree(root):
         try:

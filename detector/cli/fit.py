@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from detector import fitting
-from detector.backbone import Precision
+from detector.backbone import Backbone, Precision
 from detector.card import card
 from detector.cli.options import DATA, DEVICE, EXISTING, FILE, AskedPolicy, on_device, policy_options, progress
 from detector.data import Dataset, batches, open_dataset
+from detector.errors import ScoreError
 from detector.features import Gather, gather
 from detector.images import Preprocessing
 from detector.networks import load_network, parse_spec
@@ -53,7 +54,10 @@ def _bank_size(_: click.Context, __: click.Parameter, text: str) -> int | None:
 @click.option("--early-layer", help="Layer the mix-up resumes from.  [layer1 or the like]")
 @click.option("--score", "score_name", help="The score that decides.  [fusion with --tune, else grood]")
 @click.option(
-    "--also", multiple=True, metavar="SCORE", help="Another score to fit beside it, or `all` without a backward pass."
+    "--also",
+    multiple=True,
+    metavar="SCORE",
+    help="Another score to fit beside it, or `all` without a backward pass that the network allows.",
 )
 @click.option(
     "--ood-prototype",
@@ -125,6 +129,16 @@ def fit(
     opened = partial(open_dataset, preprocessing=prepared, classes=names or None)
     calibration_set = opened(calibration)
     tune_set, test_set = (None if path is None else opened(path) for path in (tune, test))
+    options = FitOptions(
+        bank_size=bank_size,
+        generator=ood_prototype,
+        ood_images=None if ood_images is None else _pixels(open_dataset(ood_images, prepared)),
+        lowdim_parameters=lowdim_parameters,
+        index=index,
+    )
+    scores = [*fitting.default_scores(tuned=tune is not None), *(name for name in also if name != "all")]
+    if "all" in also:
+        scores += _allowed(Backbone(module, prepared, early=early_layer), options, tuned=tune is not None)
     total = sum(len(part) for part in (training, calibration_set, tune_set, test_set) if part is not None)
     with progress(total, "fitting") as report:
         manifest = fitting.fit(
@@ -134,14 +148,8 @@ def fit(
             out,
             tune=tune_set,
             test=test_set,
-            options=FitOptions(
-                bank_size=bank_size,
-                generator=ood_prototype,
-                ood_images=None if ood_images is None else _pixels(open_dataset(ood_images, prepared)),
-                lowdim_parameters=lowdim_parameters,
-                index=index,
-            ),
-            scores=_scores(also, tuned=tune is not None),
+            options=options,
+            scores=scores,
             policy=asked.over(Policy(score_name=score_name or fitting.default_decider(tuned=tune is not None))),
             per_class=per_class,
             precisions=precisions,
@@ -162,10 +170,20 @@ def _preprocessing(stated: Preprocessing, flags: dict[str, Any]) -> Preprocessin
     return Preprocessing(**(stated.model_dump() | given))
 
 
-def _scores(also: tuple[str, ...], *, tuned: bool) -> list[str]:
-    everything = [name for name in fitting.FORWARD_SCORES if tuned or not registry()[name].tuned]
-    asked = [name for each in also for name in (everything if each == "all" else [each])]
-    return [*fitting.default_scores(tuned=tuned), *asked]
+def _allowed(backbone: Backbone, options: FitOptions, *, tuned: bool) -> list[str]:
+    """All forward scores but those that refuse this network, which are named."""
+    names = []
+    for name in fitting.FORWARD_SCORES:
+        score = registry()[name]
+        if score.tuned and not tuned:
+            continue
+        try:
+            score.refuse(backbone, options)
+        except ScoreError as error:
+            click.echo(f"{name} is left out: {error}", err=True)
+        else:
+            names.append(name)
+    return names
 
 
 def _engine(name: Literal["local", "ray"]) -> Gather:

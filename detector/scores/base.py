@@ -110,6 +110,10 @@ class Score(ABC):
         self.options = options
         self.gathered: dict[type[Gatherer], Gatherer] = {kind: kind(options) for kind in self.gathers}
 
+    @classmethod  # noqa: B027 - most scores take every network
+    def refuse(cls, backbone: Backbone, options: FitOptions) -> None:
+        """ScoreError where the network or the options rule this score out, whatever the training images are."""
+
     def partial_fit(self, outputs: Outputs, labels: Tensor) -> Self:
         """Take in a batch: outputs with ids, labels int64 [N]."""
         for gatherer in self.gathered.values():
@@ -129,6 +133,7 @@ class Score(ABC):
             EmptyClass: a class was never seen.
             ScoreError: the training images or the network do not allow this score.
         """
+        self.refuse(backbone, self.options)
         return self._take(self._fit(backbone), backbone)
 
     def tune(self, outputs: Outputs, labels: Tensor) -> Self:

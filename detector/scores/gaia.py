@@ -8,6 +8,7 @@ no image's gradient depends on its batch-mates.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from detector.backbone import Backbone
 from detector.errors import ScoreError
+from detector.outputs import Outputs
 from detector.scores.backward import IMAGES, BackwardScore
-from detector.scores.base import Gatherer, State, register
+from detector.scores.base import FitOptions, Gatherer, State, register
 from detector.scores.gather import Images
 
 FEWEST_ZEROS = 1e-3  # of all gradient entries; a ReLU network has tens of per cent
@@ -44,9 +46,15 @@ def late_batch_norms(module: nn.Module, score: str) -> list[str]:
 
 
 class FewImages(Images):
-    """Images enough to tell whether gradients hold exact zeros."""
+    """Images enough to tell whether gradients hold exact zeros, whatever their classes."""
 
     limit: ClassVar[int | None] = IMAGES
+
+    def __init__(self, options: FitOptions) -> None:
+        super().__init__(replace(options, num_classes=1))
+
+    def add(self, outputs: Outputs, labels: Tensor) -> None:
+        super().add(outputs, torch.zeros_like(labels))
 
 
 @register
@@ -60,10 +68,14 @@ class GaiaZ(BackwardScore):
     name: ClassVar[str] = "gaia_z"
     gathers: ClassVar[tuple[type[Gatherer], ...]] = (FewImages,)
 
+    @classmethod
+    def refuse(cls, backbone: Backbone, options: FitOptions) -> None:
+        batch_norms(backbone.module, cls.name)
+
     def _fit(self, backbone: Backbone) -> State:
         self._attach(backbone)
         images, _ = self.got(FewImages).images()
-        zeros = 1 - float(torch.cat([self._shares(part) for part in torch.split(images, IMAGES)]).mean())
+        zeros = 1 - float(self._shares(images).mean())
         if zeros < FEWEST_ZEROS:
             raise ScoreError(
                 f"{self.name} counts zero gradients and this network has next to none ({zeros:.2%} of them): "
@@ -97,6 +109,10 @@ class GaiaA(BackwardScore):
     """
 
     name: ClassVar[str] = "gaia_a"
+
+    @classmethod
+    def refuse(cls, backbone: Backbone, options: FitOptions) -> None:
+        batch_norms(backbone.module, cls.name)
 
     def _attach(self, backbone: Backbone) -> None:
         super()._attach(backbone)

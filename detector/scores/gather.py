@@ -147,6 +147,7 @@ class EarlyMaps(Gatherer):
     def add(self, outputs: Outputs, labels: Tensor) -> None:
         if outputs.early is None:
             raise ScoreError("the mix-up is fitted from outputs that carry the early layer")
+        self._mixed.clear()
         self.shape = torch.tensor(outputs.early.shape[1:])
         self.counts += torch.bincount(labels.cpu(), minlength=len(self.counts))
         self.sums = _with_rows(self.sums, outputs.early.flatten(1), labels)
@@ -154,6 +155,7 @@ class EarlyMaps(Gatherer):
         self.maps.add(known_ids(outputs), labels, early=outputs.early, runner_up=runner_up)
 
     def merge(self, other: Self) -> None:
+        self._mixed.clear()
         self.counts += other.counts
         self.sums = _added(self.sums, other.sums)
         self.shape = other.shape if len(other.shape) else self.shape
@@ -163,6 +165,7 @@ class EarlyMaps(Gatherer):
         return {"class_counts": self.counts, "class_sums": self.sums, "shape": self.shape} | self.maps.rows()
 
     def restore(self, progress: State) -> None:
+        self._mixed.clear()
         rows = dict(progress)
         self.counts, self.sums, self.shape = (rows.pop(name) for name in ("class_counts", "class_sums", "shape"))
         _refill(self.maps, rows)

@@ -97,8 +97,8 @@ class Rmds(Mds):
 class Vim(Score):
     """alpha ||h - u outside the principal subspace|| - log sum exp f, u = -W^+ b.
 
-    The subspace has 1,000 dimensions from 2,048 features on, 512 from 768 on, else half of them, as in the paper's
-    code. alpha makes the mean residual of training features as large as their mean largest logit.
+    The subspace has `vim_dimensions`. alpha makes the mean residual of training features as large as their mean largest
+    logit.
 
     State: origin float32 [D], residual float32 [D, R], alpha float32 [].
     """
@@ -114,9 +114,7 @@ class Vim(Score):
         weight, bias = backbone.weight.double().cpu(), backbone.bias.double().cpu()
         origin = -torch.linalg.pinv(weight, rtol=SMALLEST_SINGULAR) @ bias
         _, vectors = torch.linalg.eigh(self.got(Scatter).about(self.got(ClassSums), origin))
-        size = len(origin)
-        kept = 1000 if size >= 2048 else 512 if size >= 768 else size // 2
-        residual = vectors[:, : size - kept]
+        residual = vectors[:, : len(origin) - vim_dimensions(len(origin))]
         features = self.got(Features).features().double()
         length = torch.linalg.vector_norm((features - origin) @ residual, dim=1).mean()
         largest = (features @ weight.T + bias).amax(dim=1).mean()
@@ -129,3 +127,8 @@ class Vim(Score):
     def _score(self, outputs: Outputs) -> Tensor:
         outside: Tensor = torch.linalg.vector_norm((outputs.features - self._origin) @ self._residual, dim=1)
         return self.alpha.double() * outside - energy(outputs.logits)
+
+
+def vim_dimensions(features: int) -> int:
+    """Dimensions of ViM's principal subspace, as in the paper's code."""
+    return 1000 if features >= 2048 else 512 if features >= 768 else features // 2

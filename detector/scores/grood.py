@@ -26,7 +26,7 @@ from detector.backbone import Backbone
 from detector.errors import ScoreError
 from detector.outputs import Outputs
 from detector.scores import index
-from detector.scores.base import Gatherer, Score, State, register
+from detector.scores.base import FitOptions, Gatherer, Score, State, register
 from detector.scores.gather import ClassSums, CorrectFeatures, EarlyMaps, Scatter
 from detector.scores.index import NearestIndex
 from detector.scores.nearest import CHUNK_CELLS, close, exact_distances, in_parts, products
@@ -106,6 +106,15 @@ class GroodFamily(Score):
     prototypes: Tensor
     ood_prototype: Tensor
 
+    @classmethod
+    def refuse(cls, backbone: Backbone, options: FitOptions) -> None:
+        if options.generator not in GENERATORS:
+            raise ScoreError(f"there is no generator {options.generator!r}; use {', '.join(GENERATORS)}")
+        if options.generator == "images" and (options.ood_images is None or not len(options.ood_images)):
+            raise ScoreError(
+                "the generator `images` needs images: pass FitOptions(ood_images=...) or --ood-images PATH"
+            )
+
     def _prototypes(self, backbone: Backbone) -> tuple[Tensor, Tensor]:
         """Class prototypes [C, D] and OOD prototype [D], float64, in the network's own feature space."""
         means = self.got(ClassSums).means()
@@ -115,9 +124,8 @@ class GroodFamily(Score):
         if options.generator == "noise":
             return means, noise_prototype(backbone)
         if options.generator == "images":
+            assert options.ood_images is not None
             return means, _mean_features(backbone, options.ood_images)
-        if options.generator != "mixup":
-            raise ScoreError(f"there is no generator {options.generator!r}; use {', '.join(GENERATORS)}")
         share = options.mixup_coefficient if self.mixup_coefficient is None else self.mixup_coefficient
         return means, self.got(EarlyMaps).mean_of_mixed(backbone, share)
 
@@ -371,9 +379,9 @@ def noise_prototype(backbone: Backbone, images: int = 100) -> Tensor:
 
 
 def _blurred(images: Tensor, sigma: float) -> Tensor:
-    """A 5 x 7 Gaussian blur, as the authors' code applies; images float [N, C, H, W]."""
+    """A Gaussian blur 5 wide and 7 high, as the authors' code applies; images float [N, C, H, W]."""
     channels = images.shape[1]
-    for length, shape in ((5, (5, 1)), (7, (1, 7))):
+    for length, shape in ((5, (1, 5)), (7, (7, 1))):
         offsets = torch.arange(length) - length // 2
         kernel = torch.softmax(-0.5 * (offsets / sigma).square(), dim=0).reshape(1, 1, *shape)
         padding = (shape[1] // 2,) * 2 + (shape[0] // 2,) * 2
@@ -382,8 +390,6 @@ def _blurred(images: Tensor, sigma: float) -> Tensor:
     return images
 
 
-def _mean_features(backbone: Backbone, images: Tensor | None) -> Tensor:
-    if images is None or not len(images):
-        raise ScoreError("the generator `images` needs images: pass FitOptions(ood_images=...) or --ood-images PATH")
+def _mean_features(backbone: Backbone, images: Tensor) -> Tensor:
     parts = [backbone.outputs(part).penultimate.double().cpu() for part in torch.split(images, 64)]
     return torch.cat(parts).mean(dim=0)

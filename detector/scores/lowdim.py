@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from detector.backbone import Backbone
 from detector.errors import EmptyClass
 from detector.outputs import Outputs
-from detector.scores.base import Gatherer, Score, State, register
+from detector.scores.base import FitOptions, Gatherer, Score, State, register
 from detector.scores.gather import Features
 from detector.scores.logit import energy
 from detector.scores.nearest import CHUNK_CELLS, products, smallest, unit_rows
@@ -90,17 +90,20 @@ class LowDimLast(LowDimScore):
     name: ClassVar[str] = "lowdim_last"
     gathers: ClassVar[tuple[type[Gatherer], ...]] = (Features,)
 
+    @classmethod
+    def refuse(cls, backbone: Backbone, options: FitOptions) -> None:
+        size = entries(backbone.weight)
+        columns = COLUMNS if size <= LARGEST_PCA else backbone.num_classes
+        refuse_large(size, columns, "Use a score that does not grow with the classes times the features.")
+
     def _fit(self, backbone: Backbone) -> State:
         rows = self.got(Features).kept()
         features, labels = rows["features"], rows["labels"]
         need_all_classes(labels, self.options.num_classes)
         weight, bias = backbone.weight.cpu(), backbone.bias.cpu()
-        size = len(weight) * (weight.shape[1] + 1)
-        columns = min(COLUMNS, len(labels)) if size <= LARGEST_PCA else len(weight)
-        refuse_large(size, columns, "Use a score that does not grow with the classes times the features.")
         gradients = WhitenedRows(last_layer_blocks(features, weight, bias))
-        if size <= LARGEST_PCA:
-            return self._finish(principal(gradients, columns), labels)
+        if entries(weight) <= LARGEST_PCA:
+            return self._finish(principal(gradients, COLUMNS), labels)
         return self._finish(class_averages(gradients, labels, len(weight)), labels)
 
     def _score(self, outputs: Outputs) -> Tensor:
@@ -125,12 +128,16 @@ def extended(features: Tensor) -> Tensor:
     return torch.cat([h, h.new_ones(len(h), 1)], dim=1)
 
 
+def entries(weight: Tensor) -> int:
+    """Entries C (D + 1) of a gradient at the last layer, its weight [C, D]."""
+    return len(weight) * (weight.shape[1] + 1)
+
+
 def last_layer_blocks(features: Tensor, weight: Tensor, bias: Tensor) -> Blocks:
     """Gradients of log sum exp f at the last layer: p (x) [h; 1], class by class, float32 [b, C (D + 1)]."""
 
     def blocks() -> Iterator[Tensor]:
-        size = len(weight) * (weight.shape[1] + 1)
-        for part in torch.split(features, max(1, BLOCK_CELLS // size)):
+        for part in torch.split(features, max(1, BLOCK_CELLS // entries(weight))):
             p = torch.softmax(part.double() @ weight.double().T + bias.double(), dim=1)
             yield (p[:, :, None] * extended(part)[:, None]).flatten(1).float()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from detector.backbone import Backbone
 from detector.errors import ScoreError
 from detector.scores.backward import BackwardScore, SampleGradients
-from detector.scores.base import Gatherer, State, register
+from detector.scores.base import FitOptions, Gatherer, State, register
 from detector.scores.gather import Images
 from detector.scores.lowdim import COLUMNS, LowDimScore, Neighbours, need_all_classes
 from detector.scores.subspace import Subspace, WhitenedRows, class_averages, principal, refuse_large
@@ -37,14 +37,22 @@ class LowDim(BackwardScore, LowDimScore):
     name: ClassVar[str] = "lowdim"
     gathers: ClassVar[tuple[type[Gatherer], ...]] = (LowDimImages,)
     tensors: ClassVar[tuple[str, ...]] = ("parameters", *LowDimScore.tensors)
+    advice: ClassVar[str] = (
+        "Choose parameter groups with FitOptions.lowdim_parameters, or fit lowdim_average, a smaller basis."
+    )
     parameters: Tensor
+
+    @classmethod
+    def refuse(cls, backbone: Backbone, options: FitOptions) -> None:
+        values = list(backbone.module.parameters())
+        size = sum(values[index].numel() for index in chosen_parameters(backbone, options.lowdim_parameters).tolist())
+        refuse_large(size, cls._columns(backbone), cls.advice)
 
     def _fit(self, backbone: Backbone) -> State:
         images, labels = self.got(LowDimImages).images()
         need_all_classes(labels, self.options.num_classes)
         chosen = chosen_parameters(backbone, self.options.lowdim_parameters)
         gradients = _gradients(backbone, chosen)
-        refuse_large(gradients.size, self._columns(labels), self._advice())
 
         def blocks() -> Iterator[Tensor]:
             return gradients.rows(images, _free_energy)
@@ -59,11 +67,9 @@ class LowDim(BackwardScore, LowDimScore):
         rows = torch.cat([block @ self.basis for block in self._gradients.rows(images, _free_energy)])
         return self._rank(rows.double() - self.offset.double())
 
-    def _columns(self, labels: Tensor) -> int:
-        return min(COLUMNS, len(labels))
-
-    def _advice(self) -> str:
-        return "Choose parameter groups with FitOptions.lowdim_parameters, or fit lowdim_average, a smaller basis."
+    @classmethod
+    def _columns(cls, backbone: Backbone) -> int:
+        return COLUMNS
 
     def _subspace(self, rows: WhitenedRows, labels: Tensor) -> Subspace:
         return principal(rows, COLUMNS)
@@ -82,12 +88,11 @@ class LowDimAverage(LowDim):
     """The energy of a linear probe on per-image gradients, projected on the average gradient of each class."""
 
     name: ClassVar[str] = "lowdim_average"
+    advice: ClassVar[str] = "Choose parameter groups with FitOptions.lowdim_parameters."
 
-    def _columns(self, labels: Tensor) -> int:
-        return self.options.num_classes
-
-    def _advice(self) -> str:
-        return "Choose parameter groups with FitOptions.lowdim_parameters."
+    @classmethod
+    def _columns(cls, backbone: Backbone) -> int:
+        return backbone.num_classes
 
     def _subspace(self, rows: WhitenedRows, labels: Tensor) -> Subspace:
         return class_averages(rows, labels, self.options.num_classes)

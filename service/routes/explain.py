@@ -17,7 +17,15 @@ from detector.explain import Explanation, explain
 from detector.images import Pixels, decode
 from service.context import Context, Ctx
 from service.errors import AdminOnly, ScoringFailed, TooManyImages
-from service.judging import Asker, Judged, by, counting_rejections, in_decoder, read_in_time, shows_evidence
+from service.judging import (
+    Asker,
+    Judged,
+    by,
+    counting_rejections,
+    read_in_time,
+    shows_evidence,
+    while_the_caller_waits,
+)
 from service.reading import read_images
 from service.routes.verdict import DOCUMENTED
 from service.schemas import ExplainedBody, Problem, explanation_body, verdict_body
@@ -60,39 +68,37 @@ async def version_explained(name: str, version: str, request: Request, context: 
 async def _respond(request: Request, context: Context, name: str | None, version: str | None) -> Response:
     if not shows_evidence(context, Asker.of(request)):
         raise AdminOnly("scores, and what explains them, are shown to the admin alone here")
-    with counting_rejections(context):
+    with counting_rejections(context), while_the_caller_waits(request):
         model = context.registry.get(name, version)
         started = time.monotonic()
         deadline = started + context.settings.request_timeout_s
         files, _ = await read_in_time(context, deadline, partial(read_images, request, context.settings))
         if len(files) > 1:
             raise TooManyImages(1)
-        preprocessing = model.detector.manifest.preprocessing
-        work = partial(decode, files[0], preprocessing, context.settings.limits, context.jpegs)
-        read = time.monotonic()
-        image = await in_decoder(context, deadline, work)
-        decoded = time.monotonic()
-        answer, explanation = await by(
-            context, deadline, context.explainer.run(partial(_explained, model, image, decoded))
-        )
-    judged = Judged(answer, hashlib.sha256(files[0]).hexdigest(), decoded - read, time.monotonic() - started)
+        work = partial(_explained, context, model, files[0], started, time.monotonic())
+        judged, explanation, image = await by(context, deadline, context.explainer.run(work))
     body = verdict_body(judged, model, request.scope["request_id"])
     body["explanation"] = explanation_body(explanation, image)
-    headers = {"X-OODGate-Decision": answer.verdict.decision}
+    headers = {"X-OODGate-Decision": judged.answer.verdict.decision}
     return Response(orjson.dumps(body), headers=headers, media_type="application/json")
 
 
-def _explained(model: ServedModel, image: Pixels, queued: float) -> tuple[Answer, Explanation]:
-    """What runs on the explainer's thread."""
+def _explained(
+    context: Context, model: ServedModel, data: bytes, started: float, queued: float
+) -> tuple[Judged, Explanation, Pixels]:
+    """What runs on the explainer's thread; the decoding too, so that nothing is decoded that finds no place there."""
     began = time.monotonic()
+    image = decode(data, model.detector.manifest.preprocessing, context.settings.limits, context.jpegs)
+    decoded = time.monotonic()
     try:
         outputs = model.detector.outputs(torch.from_numpy(image)[None])
         forwarded = time.monotonic()
         verdict = model.detector.judge(outputs, model.decider)[0]
-        timing = Timing(began - queued, forwarded - began, time.monotonic() - forwarded)
+        timing = Timing(began - queued, forwarded - decoded, time.monotonic() - forwarded)
         if not verdict.ood.sound:
             raise ScoringFailed("the image could not be explained: its score is no number")
         explanation = explain(model.detector, image, verdict.ood.score_name)
     except NonFiniteFeatures as error:
         raise ScoringFailed(f"the image could not be explained: {error}") from error
-    return Answer(verdict, timing), explanation
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Judged(Answer(verdict, timing), sha256, decoded - began, time.monotonic() - started), explanation, image

@@ -18,8 +18,10 @@ from detector.calibration import Guarantee
 from detector.cli import main
 from detector.cli.options import AskedPolicy, progress
 from detector.features import Progress
+from detector.fitting import FORWARD_SCORES
 from detector.networks import CIFAR_PREPROCESSING, export_network
 from detector.policy import Policy
+from detector.scores import registry
 from tests.helpers import TOY_CLASSES, encoded, photo, toy_images, toy_network
 
 
@@ -78,6 +80,23 @@ def test_other_scores_are_fitted_beside_and_a_tune_set_lets_fusion_decide(materi
     assert manifest.policy.score_name == "fusion"
     assert {"grood", "msp", "rg"} <= set(manifest.scores)
     assert manifest.fit.generator == "images"
+
+
+def test_all_scores_leave_out_and_name_those_that_refuse_the_network(
+    material: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detector.scores.subspace.LARGEST", 1_000)
+    out = material / "models" / "all" / "1"
+    result = oodgate(
+        "fit", material / "train", "--calibration", material / "held_out.npz", "--also", "all", "--out", out,
+        "--backbone", "cifar_resnet18", "--weights", material / "weights.safetensors", "--bank-size", 40,
+        "--classes", material / "classes.txt",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    named = [line.split(":")[0] for line in result.stderr.splitlines() if "a basis of" in line]
+    assert named == ["lowdim_last is left out", "lowdim_last_knn is left out"]
+    forward = {name for name in FORWARD_SCORES if not registry()[name].tuned}
+    assert set(read_manifest(out).scores) == forward - {"lowdim_last", "lowdim_last_knn"}
 
 
 def test_fit_without_the_class_order_says_what_it_saw(material: Path) -> None:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from detector.errors import (
     SplitOverlap,
     TooFewSamples,
 )
-from detector.features import Progress, fit_scores
+from detector.features import fit_scores
 from detector.fitting import Network, check_class_order
 from detector.images import Pixels
 from detector.networks import CIFAR_PREPROCESSING
@@ -211,6 +213,23 @@ def test_half_weights_are_stored_small_and_judge_as_they_were_fitted(tmp_path: P
     Detector.load(path)  # the golden logits are those of the rounded network
 
 
+class PowerCut(Exception):
+    pass
+
+
+def cut_off(dataset: ArrayDataset) -> ArrayDataset:
+    """The same data set, whose image 450 is never read."""
+    read = dataset.read
+
+    def read_or_fail(index: int) -> Pixels:
+        if index == 450:
+            raise PowerCut
+        return read(index)
+
+    dataset.read = read_or_fail  # type: ignore[method-assign]
+    return dataset
+
+
 def test_an_interrupted_fit_goes_on_and_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("detector.features.SHARD", 128)
     monkeypatch.setattr("detector.features.RECORD", 128)
@@ -218,25 +237,12 @@ def test_an_interrupted_fit_goes_on_and_gives_the_same_bits(tmp_path: Path, monk
     backbone = Backbone(network.module, network.preprocessing)
     straight, ids = fit_scores(["grood"], backbone, toy_dataset(600, 1), OPTIONS)
 
-    class PowerCut(Exception):
-        pass
-
-    class Failing(ArrayDataset):
-        reads = 0
-
-        def read(self, index: int) -> Pixels:
-            self.reads += 1
-            if index == 450:
-                raise PowerCut
-            return super().read(index)
-
-    images, labels = toy_images(600, seed=1)
-    dataset = Failing(images, labels, CIFAR_PREPROCESSING, classes=TOY_CLASSES, source="toy1")
     with pytest.raises(PowerCut):
-        fit_scores(["grood"], backbone, dataset, OPTIONS, workdir=tmp_path)
-    monkeypatch.setattr(Failing, "read", ArrayDataset.read)
+        fit_scores(["grood"], backbone, cut_off(toy_dataset(600, 1)), OPTIONS, workdir=tmp_path)
     seen: list[int] = []
-    resumed, resumed_ids = fit_scores(["grood"], backbone, dataset, OPTIONS, workdir=tmp_path, report=seen.append)
+    resumed, resumed_ids = fit_scores(
+        ["grood"], backbone, toy_dataset(600, 1), OPTIONS, workdir=tmp_path, report=seen.append
+    )
     assert seen[0] >= 128  # images that were not read again
     assert torch.equal(ids, resumed_ids)
     expected = straight["grood"].state()
@@ -254,24 +260,43 @@ def test_a_disk_that_takes_no_progress_is_named(tmp_path: Path, monkeypatch: pyt
         )
 
 
-def test_a_split_named_twice_is_refused_before_anything_is_fitted(tmp_path: Path) -> None:
-    class Unread(ArrayDataset):
-        def read(self, index: int) -> Pixels:
-            raise AssertionError
+def unread(n: int, seed: int) -> ArrayDataset:
+    """A data set of which no image may be read."""
+    dataset = toy_dataset(n, seed)
+    dataset.read = Mock(side_effect=AssertionError)  # type: ignore[method-assign]
+    return dataset
 
-    images, labels = toy_images(300, seed=1)
-    train, tune = (Unread(images, labels, CIFAR_PREPROCESSING, classes=TOY_CLASSES, source="toy1") for _ in range(2))
+
+def test_a_split_named_twice_is_refused_before_any_image_is_read(tmp_path: Path) -> None:
     with pytest.raises(SplitOverlap, match="the training images and the tune images are the same"):
-        fit(toy_network(), train, toy_dataset(200, 2), tmp_path / "mine" / "1", tune=tune)
+        fit(toy_network(), unread(300, 1), toy_dataset(200, 2), tmp_path / "mine" / "1", tune=unread(300, 1))
 
 
-def test_progress_of_other_weights_or_images_is_not_taken_up(tmp_path: Path) -> None:
-    network = toy_network()
-    fit_scores(
-        ["grood"], Backbone(network.module, network.preprocessing), toy_dataset(64, 1), OPTIONS, workdir=tmp_path
-    )
-    progress = Progress(tmp_path, "another key")
-    assert progress.load({})[0] == 0
+@pytest.mark.parametrize("changed", ["weights", "images", "labels", "options"])
+def test_progress_of_other_weights_images_labels_or_options_is_not_taken_up(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detector.features.SHARD", 128)
+    monkeypatch.setattr("detector.features.RECORD", 128)
+    module, dataset, options = toy_network().module, toy_dataset(600, 1), OPTIONS
+    with pytest.raises(PowerCut):
+        fit_scores(["grood"], Backbone(module, CIFAR_PREPROCESSING), cut_off(dataset), options, workdir=tmp_path)
+    assert (tmp_path / "progress.safetensors").exists()
+    images, labels = toy_images(600, seed=1)
+    if changed == "weights":
+        module.get_parameter("layer1.0.conv1.weight").mul_(1.5)
+    elif changed == "images":
+        images //= 2
+    elif changed == "labels":
+        labels[labels < 2] = 1 - labels[labels < 2]
+    else:
+        options = replace(options, bank_size=200)
+    dataset = ArrayDataset(images, labels, CIFAR_PREPROCESSING, classes=TOY_CLASSES, source="toy1")
+    backbone = Backbone(module, CIFAR_PREPROCESSING)
+    found, _ = fit_scores(["grood"], backbone, dataset, options, workdir=tmp_path)
+    fresh, _ = fit_scores(["grood"], backbone, dataset, options)
+    expected = fresh["grood"].state()
+    assert all(torch.equal(value, expected[name]) for name, value in found["grood"].state().items())
 
 
 def test_calibrating_moves_the_promise_to_other_images(toy: Path, tmp_path: Path) -> None:
@@ -438,13 +463,6 @@ def test_the_ood_prototype_is_made_as_asked(generator: str) -> None:
     assert torch.allclose(found["ood_prototype"], expected, atol=1e-5)
 
 
-def test_blurred_noise_is_what_the_network_is_least_sure_of() -> None:
-    backbone = Backbone(toy_network().module, CIFAR_PREPROCESSING)
-    q = noise_prototype(backbone)
-    assert torch.equal(q, noise_prototype(backbone))  # the same at each fit
-    assert q.shape == backbone.weight.shape[1:]
-
-
 def test_images_for_the_ood_prototype_must_be_passed_by_name() -> None:
     backbone = Backbone(toy_network().module, CIFAR_PREPROCESSING)
     with pytest.raises(ScoreError, match="--ood-images"):
@@ -459,21 +477,34 @@ def test_an_unknown_generator_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"generator": "images"}, "--ood-images"), ({"lowdim_parameters": ("nosuch",)}, "no parameter 'nosuch'")],
+    [
+        ({"generator": "images"}, "--ood-images"),
+        ({"generator": "gauss"}, "no generator 'gauss'"),
+        ({"lowdim_parameters": ("nosuch",)}, "no parameter 'nosuch'"),
+    ],
 )
-def test_an_option_that_cannot_be_met_is_refused_before_the_images_are_passed_over(
+def test_an_option_that_cannot_be_met_is_refused_before_any_image_is_read(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    done: list[int] = []
-    options = FitOptions(num_classes=len(TOY_CLASSES), bank_size=200, mixup_images=40, **change)
+    sets = unread(300, 1), toy_dataset(300, 2), tmp_path / "toy" / "1"
     with pytest.raises(ScoreError, match=message):
-        fit(
-            toy_network(),
-            toy_dataset(300, seed=1),
-            toy_dataset(300, seed=2),
-            tmp_path / "toy" / "1",
-            scores=("grood", "lowdim"),
-            options=options,
-            report=done.append,
-        )
-    assert done == []
+        fit(toy_network(), *sets, scores=("grood", "lowdim"), options=replace(OPTIONS, **change))
+
+
+@pytest.mark.parametrize("name", ["lowdim", "lowdim_average", "lowdim_last", "lowdim_last_knn"])
+def test_a_score_whose_basis_would_be_too_large_is_refused_before_any_image_is_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detector.scores.subspace.LARGEST", 1_000)
+    sets = unread(300, 1), toy_dataset(300, 2), tmp_path / "toy" / "1"
+    with pytest.raises(ScoreError, match=r"a basis of [\d,]+ x [\d,]+ numbers would take"):
+        fit(toy_network(), *sets, scores=(name,), options=OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["gaia_a", "gaia_z"])
+def test_a_score_that_needs_batch_norms_is_refused_before_any_image_is_read(name: str, tmp_path: Path) -> None:
+    module = nn.Sequential(OrderedDict(layer1=nn.Conv2d(3, 8, 3), pool=nn.AdaptiveAvgPool2d(1)))
+    module.extend([nn.Flatten(), nn.Linear(8, len(TOY_CLASSES))])
+    network = Network(module, CIFAR_PREPROCESSING, TOY_CLASSES)
+    with pytest.raises(ScoreError, match=f"{name} looks at batch norms"):
+        fit(network, unread(300, 1), toy_dataset(300, 2), tmp_path / "toy" / "1", scores=(name,), options=OPTIONS)

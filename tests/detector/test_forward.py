@@ -6,18 +6,20 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from detector import Detector, artifact as artifacts
+from detector import Detector, artifact as artifacts, staging
 from detector.backbone import Backbone
 from detector.cifar_resnet import CifarResNet18
 from detector.errors import GoldenMismatch
 from detector.forward import Forward, Precision
+from detector.machine import exact_float32
 from detector.networks import CIFAR_PREPROCESSING
-from detector.staging import DEPTH, Staging, download
+from detector.staging import DEPTH, Download, Staging, download
 from tests.helpers import toy_images, toy_model, toy_network
 
 
@@ -211,10 +213,21 @@ def test_auto_leaves_bfloat16_that_fails_its_golden_inputs_and_says_so_once(
         Detector.load(tmp_path / "toy" / "1", device="cpu", precision="bf16")
 
 
+@pytest.mark.parametrize(("device", "rounded"), [("cuda", False), ("cpu", True)])
+def test_float32_on_cuda_is_not_rounded_to_tf32(device: str, rounded: bool) -> None:
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        exact_float32(torch.device(device))
+        assert torch.backends.cudnn.allow_tf32 is rounded
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def test_staged_images_arrive_whole_though_buffers_are_used_again() -> None:
-    staging = Staging((2, 2, 3), torch.device("cpu"))
+    ring = Staging((2, 2, 3), torch.device("cpu"))
     sent = [torch.full((1 + index % 5, 2, 2, 3), index, dtype=torch.uint8) for index in range(8 * DEPTH)]
-    arrived = [staging.upload(batch) for batch in sent]
+    arrived = [ring.upload(batch) for batch in sent]
     assert all(torch.equal(first, second) for first, second in zip(sent, arrived, strict=True))
 
 
@@ -225,6 +238,36 @@ def test_results_come_down_in_one_copy_with_their_shapes() -> None:
     assert all(torch.equal(part, value.double()) for part, value in zip(found, values, strict=True))
     assert download([]) == []
     assert download([torch.zeros(0), torch.zeros(0, 4)])[1].shape == (0, 4)
+
+
+def test_what_a_device_has_computed_sets_out_at_once_and_its_own_copy_is_all_that_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps: list[str] = []
+
+    class Event:
+        def record(self, stream: str) -> None:
+            steps.append(f"recorded on {stream}")
+
+        def synchronize(self) -> None:
+            steps.append("waited for")
+
+    def unpinned(*size: Any, pin_memory: bool, dtype: torch.dtype) -> torch.Tensor:
+        steps.append("pinned" if pin_memory else "pageable")
+        return empty(*size, dtype=dtype)
+
+    empty = torch.empty
+    monkeypatch.setattr(staging, "_away", lambda _: True)
+    monkeypatch.setattr(torch, "empty", unpinned)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of the {device}")
+    logits, scores = torch.rand(3, 2), torch.rand(3, dtype=torch.float64)
+    sent = Download([logits, scores])
+    assert steps == ["pinned", "recorded on the stream of the cpu"]
+    found = sent.tensors()
+    assert steps[2:] == ["waited for"]
+    assert torch.equal(found[0], logits.double())
+    assert torch.equal(found[1], scores)
 
 
 def test_a_network_that_is_traced_on_one_thread_disturbs_no_run_on_another() -> None:

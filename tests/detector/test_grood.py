@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms import GaussianBlur
 
 from benchmarks.datasets import load
 from detector import Detector
@@ -18,7 +19,7 @@ from detector.networks import CIFAR_PREPROCESSING
 from detector.outputs import Outputs
 from detector.scores import FitOptions, Grood, GroodNorm
 from detector.scores.gather import ClassSums, EarlyMaps
-from detector.scores.grood import grood_gradient
+from detector.scores.grood import _blurred, grood_gradient, noise_prototype
 from detector.scores.reservoir import Reservoir
 from tests.helpers import TOY_CLASSES, toy_images, toy_network
 
@@ -247,6 +248,47 @@ def test_progress_restores_to_the_same_fit(backbone: Backbone, seen: tuple[Outpu
     straight = Grood(OPTIONS).partial_fit(outputs[:150], labels[:150]).partial_fit(outputs[150:], labels[150:])
     expected = straight.finalize(backbone).state()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.state().items())
+
+
+@pytest.mark.parametrize("way", ["add", "merge", "restore"])
+def test_the_mix_up_is_made_anew_of_what_came_after_it(
+    way: str, backbone: Backbone, seen: tuple[Outputs, Tensor]
+) -> None:
+    outputs, labels = seen
+    maps, later = EarlyMaps(OPTIONS), EarlyMaps(OPTIONS)
+    maps.add(outputs[:150], labels[:150])
+    later.add(outputs[150:], labels[150:])
+    before = maps.mean_of_mixed(backbone, 0.5)
+    if way == "add":
+        maps.add(outputs[150:], labels[150:])
+    elif way == "merge":
+        maps.merge(later)
+    else:
+        maps.restore(later.progress())
+    fresh = EarlyMaps(OPTIONS)
+    fresh.restore(maps.progress())
+    assert not torch.equal(fresh.mean_of_mixed(backbone, 0.5), before)
+    assert torch.equal(fresh.mean_of_mixed(backbone, 0.5), maps.mean_of_mixed(backbone, 0.5))
+
+
+def test_the_noise_is_blurred_as_by_torchvision() -> None:
+    noise = torch.rand(2, 3, 20, 30, generator=torch.Generator().manual_seed(0))
+    for sigma in (0.3, 1.0, 4.9):
+        assert torch.allclose(_blurred(noise, sigma), GaussianBlur((5, 7), (sigma, sigma))(noise), atol=1e-6)
+
+
+def test_the_noise_prototype_is_the_mean_of_what_the_network_is_least_sure_of(backbone: Backbone) -> None:
+    generator = torch.Generator().manual_seed(0)
+    kept = []
+    for _ in range(10):
+        noise = torch.rand(100, 3, 32, 32, generator=generator)
+        sigma = 0.2 + 4.8 * float(torch.rand((), generator=generator))
+        blurred = (255 * GaussianBlur((5, 7), (sigma, sigma))(noise)).round().to(torch.uint8)
+        outputs = backbone.outputs(blurred.permute(0, 2, 3, 1).contiguous())
+        sureness = outputs.logits.double().exp().sum(dim=1)
+        kept.append(outputs.penultimate[sureness.argsort()[:10]].double())
+    # A pixel on the edge of two values may be rounded to either.
+    assert torch.allclose(noise_prototype(backbone), torch.cat(kept).mean(dim=0), rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [Grood, GroodNorm])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm
 from torch import Tensor
 
 from detector import Detector
@@ -468,7 +469,7 @@ for _v, _strength in PRODUCT_STRENGTHS.items():
 
 
 def test_every_plain_score_has_an_oracle() -> None:
-    assert set(ORACLES) | {"grood"} == set(PLAIN)  # grood's is in test_grood.py
+    assert set(ORACLES) | {"grood"} == set(PLAIN)  # grood's is in test_grood.py, fusion's below
 
 
 @pytest.mark.parametrize("taps", TAPS, ids=str)
@@ -561,6 +562,52 @@ def test_the_temperature_is_the_one_that_makes_held_out_labels_likeliest() -> No
 
 
 # --- fusion ---------------------------------------------------------------------------------------------------------
+
+
+class Column(Score):
+    """One column of the logits."""
+
+    name = "column"
+
+    def __init__(self, index: int) -> None:
+        super().__init__(OPTIONS)
+        self.index = index
+
+    def _score(self, outputs: Outputs) -> Tensor:
+        return outputs.logits[:, self.index]
+
+
+def normal_score(tune: NDArray[np.float64], query: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Phi^-1 of the mid-rank, linear between the tune scores and beyond them as over their outer tenths."""
+    known = np.unique(tune)
+    normal = np.array([norm.ppf((np.mean(tune < one) + np.mean(tune <= one)) / 2) for one in known])
+    outer = round(0.1 * len(known))
+    low, high = (np.ptp(normal[part]) / np.ptp(known[part]) for part in (np.s_[:outer], np.s_[-outer:]))
+    inside = np.interp(query, known, normal)
+    z: NDArray[np.float64] = inside + low * np.minimum(query - known[0], 0) + high * np.maximum(query - known[-1], 0)
+    return z
+
+
+def test_the_fused_score_is_the_mean_normal_score_inside_and_beyond_the_tune_scores() -> None:
+    generator = np.random.default_rng(0)
+    tune = np.stack(
+        [
+            generator.exponential(size=230).round(1),  # with ties
+            generator.normal(size=230),
+            1e-3 * generator.lognormal(size=230) - 5,
+        ],
+        axis=1,
+    ).astype(np.float32)
+    reach = 3 * np.ptp(tune, axis=0)
+    beyond = np.linspace(tune.min(axis=0) - reach, tune.max(axis=0) + reach, 500)
+    query = np.concatenate([beyond, tune], dtype=np.float32)
+    fusion = Fusion(OPTIONS)
+    fusion.members = ("0", "1", "2")  # type: ignore[misc]
+    fusion.bind({name: Column(int(name)) for name in fusion.members})
+    tuned, asked = (Outputs(torch.from_numpy(rows), torch.zeros(len(rows), 2)) for rows in (tune, query))
+    fusion.tune(tuned, torch.zeros(len(tune), dtype=torch.int64))
+    columns = [normal_score(tune[:, one].astype(np.float64), query[:, one].astype(np.float64)) for one in range(3)]
+    assert np.allclose(fusion.score(asked).numpy(), np.mean(columns, axis=0), rtol=1e-9, atol=1e-9)
 
 
 def test_a_fusion_of_one_member_ranks_as_the_member_does(

@@ -71,8 +71,9 @@ def test_what_was_asked_by_somebody_who_left_is_not_computed(toy_models: Path, m
 
         def slowly(scored: Scored, decider: Decider) -> list[Verdict]:
             assert opened.wait(60)
-            judged.append(len(scored.logits))
-            return finish(scored, decider)
+            verdicts = finish(scored, decider)
+            judged.append(len(verdicts))
+            return verdicts
 
         monkeypatch.setattr(detector, "finish_judging", slowly)
         asyncio.run(leave(running.url, lambda: running.context.engine.depth))
@@ -80,6 +81,39 @@ def test_what_was_asked_by_somebody_who_left_is_not_computed(toy_models: Path, m
         assert judged == [1, 1]
         labels = {"handler": scenarios.VERDICT, "method": "POST"}
         assert running.metric("oodgate_http_requests_total", status="499", **labels) == 1
+
+
+def test_what_somebody_who_left_wanted_explained_is_neither_decoded_nor_explained(
+    toy_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, opened, decoded = threading.Event(), threading.Event(), list[bytes]()
+    path = "/v1/explain"
+
+    def held(data: bytes, *rest: Any) -> Pixels:
+        decoded.append(data)
+        entered.set()
+        assert opened.wait(60)
+        return decode(data, *rest)
+
+    async def leave(url: str, left: Callable[[], bool]) -> None:
+        async with connected(url) as staying, connected(url) as leaving, connected(url) as other:
+            await staying.send(request(path, GOOD))
+            assert await asyncio.to_thread(entered.wait, 60)
+            await leaving.send(request(path, GOOD))
+            await other.ask(scenarios.LIVE)  # behind the other's head
+            leaving.vanish()
+            while not left():
+                await other.ask(scenarios.LIVE)
+            opened.set()
+            assert (await staying.reply()).status == 200
+            assert (await other.ask(path, GOOD)).status == 200
+
+    monkeypatch.setattr("service.routes.explain.decode", held)
+    with serving(Settings(models=toy_models)) as running:
+        labels = {"handler": path, "method": "POST", "status": "499"}
+        value = running.context.metrics.registry.get_sample_value
+        asyncio.run(leave(running.url, lambda: value("oodgate_http_requests_total", labels) == 1))
+    assert len(decoded) == 2
 
 
 def test_what_waits_beyond_four_batches_waits_encoded(toy_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

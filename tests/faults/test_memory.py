@@ -41,9 +41,12 @@ def test_requests_of_any_kind_leave_no_object_behind(
         # The last quarter of an hour, which is kept, grows with time rather than with requests: so time stands still.
         monkeypatch.setattr(running.context.recent, "_clock", lambda: now)
         asyncio.run(every_kind(running.url, 2))
-        before = objects()
-        asked = asyncio.run(every_kind(running.url, 10))
-        assert objects() - before < asked / 10
+        grown = []
+        for _ in range(2):  # threads of pools, made when they are first needed, are new only once
+            before = objects()
+            asked = asyncio.run(every_kind(running.url, 6))
+            grown.append(objects() - before)
+        assert min(grown) < asked / 10
 
 
 def test_time_that_passes_leaves_no_object_behind(toy_models: Path, tmp_path: Path) -> None:

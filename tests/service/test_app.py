@@ -1,23 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import inspect
 import json
+import pkgutil
 import re
 import shutil
+import threading
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
 from click.testing import CliRunner
+from fastapi.routing import APIRoute, APIRouter
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
+from detector.backbone import Backbone
 from detector.cli import main
 from detector.errors import ArtifactCorrupt, ArtifactNotFound, BackboneError
+from detector.images import Pixels, decode
 from detector.nvjpeg import NvJpeg
-from service import Settings, create_app
+from detector.outputs import Outputs
+from service import Settings, create_app, routes
 from service.metrics import HANDLERS, Metrics
 from service.registry import newest_versions
 from service.settings import unknown_variables
@@ -124,6 +133,47 @@ def test_jpegs_go_to_the_device_where_that_is_set(toy_models: Path, monkeypatch:
             answer = running.client.post("/v1/verdict", content=body, headers={"content-type": "image/jpeg"})
             assert answer.status_code == 200
     assert asked == [len(large)]
+
+
+def test_images_are_decoded_by_the_threads_for_it(toy_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def decoded(*args: Any) -> Pixels:
+        threads.append(threading.current_thread().name)
+        return decode(*args)
+
+    monkeypatch.setattr("service.judging.decode", decoded)
+    with serving(Settings(models=toy_models)) as running:
+        large = encoded(photo(400, 300))
+        running.client.post("/v1/verdict", content=large, headers={"content-type": "image/png"})
+    assert [name.partition("_")[0] for name in threads] == ["decode"]
+
+
+def test_no_endpoint_and_no_dependency_is_sent_through_a_thread_pool() -> None:
+    modules = [import_module(f"service.routes.{found.name}") for found in pkgutil.iter_modules(routes.__path__)]
+    routers = [each for module in modules for each in vars(module).values() if isinstance(each, APIRouter)]
+    found = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    called = [each.call for route in found for each in (route.dependant, *route.dependant.dependencies)]
+    assert [call for call in called if not inspect.iscoroutinefunction(call)] == []
+    assert len(found) > 20
+
+
+def test_every_size_of_batch_has_been_run_before_the_server_is_ready(
+    toy_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    black: list[int] = []
+    outputs = Backbone.outputs
+
+    def counted(backbone: Backbone, images: torch.Tensor, **options: Any) -> Outputs:
+        if not images.any():
+            black.append(len(images))
+        return outputs(backbone, images, **options)
+
+    monkeypatch.setattr(Backbone, "outputs", counted)
+    with serving(Settings(models=toy_models, max_batch=12)) as running:
+        run = list(black)
+        assert running.client.get("/v2/health/ready").status_code == 200
+        assert run == list(running.context.engine.buckets) == [1, 2, 4, 8, 12]
 
 
 def test_the_newest_version_is_served_by_number(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import Image
 
 from detector import Detector, artifact as artifacts
 from detector.explain import Explanation, explain as real_explain
-from detector.images import Pixels
+from detector.images import Pixels, decode
 from service import Settings
 from service.explainer import MOST
 from service.metrics import Metrics
@@ -108,6 +109,26 @@ def test_more_explanations_than_fit_get_429_and_the_others_their_answer(
         go.set()
         assert {future.result().status_code for future in waiting - {refused}} == {200}
         assert explain(running.client).status_code == 200
+
+
+def test_an_image_that_finds_no_place_to_be_explained_is_not_decoded(
+    toy_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, decoded = threading.Event(), list[bytes]()
+
+    def held(data: bytes, *rest: Any) -> Pixels:
+        decoded.append(data)
+        assert go.wait(30)
+        return decode(data, *rest)
+
+    monkeypatch.setattr("service.routes.explain.decode", held)
+    with serving(Settings(models=toy_models)) as running, ThreadPoolExecutor(MOST + 1) as pool:
+        waiting = {pool.submit(explain, running.client) for _ in range(MOST + 1)}
+        refused = next(as_completed(waiting, 30))
+        go.set()
+        assert refused.result().status_code == 429
+        assert {future.result().status_code for future in waiting - {refused}} == {200}
+        assert len(decoded) == MOST
 
 
 def _counts(running: Running) -> list[list[int]]:

@@ -7,7 +7,9 @@ import asyncio
 import dataclasses
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,11 +18,14 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from detector import Detector
 from detector.errors import NonFiniteFeatures
 from detector.images import Pixels
+from detector.policy import Verdict
 from service.engine import Engine
 from service.errors import DeadlinePassed, EngineLost, NotReady, QueueFull, ScoringFailed
 from service.served import Answer, ServedModel
+from tests.helpers import toy_images
 
 
 class Gate:
@@ -328,6 +333,84 @@ def test_on_the_cpu_only_full_buckets_are_run() -> None:
         assert [len(batch) for batch in gate.batches] == [1, 4, 2, 1]
 
     run(body, max_batch=8)
+
+
+@pytest.mark.parametrize("gone", ["cancelled", "late"])
+def test_callers_who_have_gone_take_no_place_in_a_batch(gone: str) -> None:
+    gate = Gate(is_open=False)
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        first = asyncio.create_task(engine.judge(model, image(0), soon()))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        seconds = 0.01 if gone == "late" else 20.0
+        leaving = [asyncio.create_task(engine.judge(model, image(i), soon(seconds))) for i in range(1, 4)]
+        staying = [asyncio.create_task(engine.judge(model, image(i), soon())) for i in range(4, 9)]
+        await asyncio.sleep(0)
+        if gone == "cancelled":
+            for task in leaving:
+                task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+        gate.opened.set()
+        await asyncio.gather(first, *staying)
+        assert gate.ran == [1, 4, 1]  # and never 5, for which nothing is warm
+
+    run(body, max_batch=8)
+
+
+def test_an_idle_engine_holds_no_model() -> None:
+    model, freed = Gate().model, threading.Event()
+    weakref.finalize(model, freed.set)
+
+    async def body(engine: Engine) -> None:
+        nonlocal model
+        await engine.judge(model, image(1), soon())
+        del model
+        assert await asyncio.to_thread(freed.wait, 20)
+
+    run(body)
+
+
+def test_the_inference_thread_has_the_threads_of_the_settings() -> None:
+    gate, threads = Gate(), list[int]()
+    outputs = gate.backbone.outputs
+
+    def counting(images: torch.Tensor, *, checked: bool = True) -> torch.Tensor:
+        threads.append(torch.get_num_threads())
+        return cast(torch.Tensor, outputs(images, checked=checked))
+
+    gate.backbone.outputs = counting
+
+    async def body(engine: Engine) -> None:
+        await engine.judge(gate.model, image(1), soon())
+        assert threads == [3]
+
+    run(body, threads=3)
+
+
+def test_the_company_of_an_image_moves_its_score_by_no_more_than_the_tolerance(toy: Path) -> None:
+    detector = Detector.load(toy, device="cpu")
+    model, tolerance = ServedModel(detector, detector.decider), detector.manifest.score_tolerance["fp32"]
+    noise = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
+    images = np.concatenate([toy_images(24, seed=70)[0], noise])
+
+    def judged(size: int) -> list[Verdict]:
+        """All, in full batches of one size."""
+        answers, sizes = list[Answer](), list[int]()
+
+        async def body(engine: Engine) -> None:
+            answers.extend(await asyncio.gather(*(engine.judge(model, one, soon()) for one in images)))
+
+        run(body, max_batch=size, window_s=1.0, on_batch=lambda _, batch: sizes.append(len(batch)))
+        assert set(sizes) == {size}
+        return [answer.verdict for answer in answers]
+
+    alone = judged(1)
+    for size in (2, 3, 16, 48):
+        for first, second in zip(alone, judged(size), strict=True):
+            moved = abs(first.ood.score - second.ood.score)
+            assert moved <= tolerance[first.ood.score_name]
+            assert first.decision == second.decision or (first.ood.borderline and second.ood.borderline)
 
 
 def test_on_a_device_of_its_own_a_batch_is_padded_and_nobody_sees_it() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -126,10 +127,9 @@ def test_the_first_signal_drains_and_the_second_ends_the_drain(toy_models: Path)
         config = configured(running.app, "127.0.0.1", 0, 1)
         stopping = Server(config, drain_s=3600, on_drain=lambda: drained.append(1))
         stopping.handle_exit(signal.SIGTERM, None)
-        assert (drained, stopping.should_exit) == ([1], False)
+        assert (drained, asyncio.run(stopping.on_tick(1))) == ([1], False)
         stopping.handle_exit(signal.SIGTERM, None)
-        assert drained == [1]
-        assert stopping._close_at is not None
+        assert (drained, asyncio.run(stopping.on_tick(1))) == ([1], True)
 
 
 def test_a_draining_server_is_not_ready_and_still_answers(toy_models: Path) -> None:

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import threading
+import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -276,13 +279,59 @@ def wait_until(condition: Any) -> None:
     raise AssertionError("it never came true")
 
 
+def takes_over(running: Running) -> Detector:
+    """Hand over a compiled forward, as the thread that compiles does; it moves scores more than the eager one."""
+    registry = running.context.registry
+    eager = registry.get("toy").detector
+    settled = eager.with_forward(eager.backbone.forward, dict.fromkeys(eager.manifest.scores, 1e9))
+    registry._hand_over(eager, settled)
+    return settled
+
+
 def test_a_compiled_forward_that_takes_over_makes_more_verdicts_borderline(toy_models: Path, tmp_path: Path) -> None:
     with serving(settings(toy_models, tmp_path)) as running:
         assert not post(running.client, GOOD).json()["ood"]["borderline"]
-        registry = running.context.registry
-        eager = registry.get("toy").detector
-        settled = eager.with_forward(eager.backbone.forward, dict.fromkeys(eager.manifest.scores, 1e9))
-        registry._hand_over(eager, settled)  # as the thread that compiles does
+        settled = takes_over(running)
         assert post(running.client, GOOD).json()["ood"]["borderline"]
-        assert registry.get("toy").detector is settled
+        assert running.context.registry.get("toy").detector is settled
         assert running.client.get("/v1/models/toy/drift").json()["groups"]["all"]["images"] == 2  # they go on
+
+
+def test_a_compiled_forward_that_takes_over_while_a_policy_is_written_stays(
+    toy_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(settings(toy_models, tmp_path)) as running:
+        registry, write, handed = running.context.registry, running.context.registry._policies.write, list[Detector]()
+
+        def meanwhile(*args: Any) -> None:
+            handed.append(takes_over(running))
+            taken = threading.Event()
+            registry._loop.call_soon_threadsafe(taken.set)
+            assert taken.wait(20)
+            write(*args)
+
+        monkeypatch.setattr(registry._policies, "write", meanwhile)
+        policy = {"target_id_acceptance": 0.9, "guarantee": {"kind": "simultaneous", "delta": 0.05}}
+        assert running.client.put("/v1/models/toy/policy", json=policy, headers=BOSS).status_code == 200
+        judged = post(running.client, GOOD).json()["ood"]
+        assert [registry.get("toy").detector] == handed
+        assert (judged["target_id_acceptance"], judged["borderline"]) == (0.9, True)
+
+
+@pytest.mark.parametrize("change", [load, unload])
+def test_a_model_of_the_start_leaves_the_memory_when_it_is_served_no_more(
+    models: Path,
+    tmp_path: Path,
+    change: Callable[[httpx.Client], httpx.Response],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.ERROR, "service.watch")  # its warnings hold frames, and pytest keeps them
+    freed = threading.Event()
+    with serving(settings(models, tmp_path / "state")) as running:
+        assert served(running) == "1"
+        backbone: Any = running.context.registry.get("toy").detector.backbone
+        weakref.finalize(backbone.forward.network, freed.set)
+        del backbone
+        add_version(models, 2)
+        assert change(running.client).status_code == 200
+        assert freed.wait(60)

@@ -4,23 +4,27 @@
 python -m benchmarks.serving.peers.mosec.server --port PORT
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 from mosec import Server, Worker
 
 from benchmarks.serving.peers.classifier import MAX_BATCH, PREPROCESS_PROCESSES, WINDOW_S, Classifier
+from detector.artifact import read_manifest
+from detector.images import decode
 
 
 class Preprocess(Worker):
     def __init__(self) -> None:
         super().__init__()
-        self.classifier = Classifier.from_environment()
+        self.preprocessing = read_manifest(Path(os.environ["BENCH_ARTIFACT"])).preprocessing
 
     def deserialize(self, data: bytes) -> bytes:
         return data
 
     def forward(self, data: bytes) -> Any:
-        return self.classifier.decode(data)
+        return decode(data, self.preprocessing)
 
 
 class Inference(Worker):

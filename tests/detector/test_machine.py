@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many cores this process may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from detector import machine
+from detector.machine import cores
+
+FULL, PERIOD = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, 6),
+        ({"cpu.max": "max 100000"}, 6),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "20000 100000"}, 1),
+        ({"cpu.max": "6400000 100000"}, 6),
+        ({FULL: "-1", PERIOD: "100000"}, 6),
+        ({FULL: "300000", PERIOD: "100000"}, 3),
+    ],
+)
+def test_cores_are_those_of_the_affinity_and_no_more_than_the_cgroup_has_time_for(
+    files: dict[str, str], found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    for name, content in files.items():
+        (tmp_path / name).write_text(content + "\n")
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+    assert cores() == found
