@@ -117,7 +117,7 @@ def main() -> None:
         for server in args.server:
             found = [KINDS[kind](workload, server, args.precision, args.seconds) for _ in range(args.repeats)]
             entry = {"kind": kind, "workload": workload.letter, "server": server, "asked": args.precision}
-            _write(args.out, entry | {"seconds": args.seconds, "runs": found})
+            _write(args.out, entry | {"seconds": args.seconds, "machine": results.machine(), "runs": found})
             print(kind, workload.letter, server, json.dumps(found), flush=True)
 
 
