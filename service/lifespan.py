@@ -79,6 +79,7 @@ async def running(settings: Settings, metrics: Metrics, tokens: Tokens, lifecycl
         chores = [asyncio.create_task(chore) for chore in _chores(context)]
         if tokens.open and not is_loopback(settings.host):
             log.warning("open to everybody who reaches it: no tokens are set", extra={"host": settings.host})
+        reclaim_memory()  # what proving and warming the models took
         registry.settle()
         log.info("ready", extra={"models": registry.names, "seconds": round(time.monotonic() - started, 3)})
         yield context
