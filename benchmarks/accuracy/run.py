@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -55,20 +56,30 @@ def main() -> None:
     started = time.monotonic()
     options = FitOptions(num_classes=backbone.num_classes, lowdim_parameters=tuple(args.lowdim_parameters))
     scores, refused = _fitted(names, backbone, sets, options)
-    result = subjects.provenance(args.network) | {
-        "known": subject.known,
-        "precision": backbone.precision,
-        "features": backbone.weight.shape[1],
-        "images": {part: len(getattr(sets, part)) for part in ("train", "tune", "test")},
-        "lowdim_parameters": list(options.lowdim_parameters),
-        "refused": refused,
-    }
-    result |= measure(scores, backbone, sets)
+    result = described(args.network, subject, options, refused) | measure(scores, backbone, sets)
     result["seconds"] = round(time.monotonic() - started)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.out or args.network}.json").write_text(json.dumps(result, indent=1) + "\n")
-    for name, row in sorted(result["scores"].items(), key=lambda item: -item[1]["near"].get("auroc", 0)):
-        print(f"{name:20} {row['near'].get('auroc', float('nan')):.4f} {row['far']['auroc']:.4f}")
+    write(result, args.out or args.network)
+
+
+def described(
+    network: str, subject: subjects.Subject, options: FitOptions, refused: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
+    """What a result says of the network, of the images, and of the scores that refused it."""
+    return subjects.provenance(network) | {
+        "known": subject.known,
+        "precision": subject.backbone.precision,
+        "features": subject.backbone.weight.shape[1],
+        "images": {part: len(getattr(subject.sets, part)) for part in ("train", "tune", "test")},
+        "lowdim_parameters": list(options.lowdim_parameters),
+        "refused": dict(refused),
+    }
+
+
+def write(result: Mapping[str, Any], name: str) -> None:
+    """Keep a result, and tell the means of each score, the best near first."""
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for score, row in sorted(result["scores"].items(), key=lambda item: -item[1]["near"].get("auroc", 0)):
+        print(f"{score:20} {row['near'].get('auroc', float('nan')):.4f} {row['far']['auroc']:.4f}")
 
 
 def measure(

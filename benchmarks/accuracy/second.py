@@ -10,13 +10,12 @@ a confirmation network. Writes benchmarks/accuracy/results/second-NETWORK.json, 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.accuracy import subjects
 from benchmarks.accuracy.marks import frozen
-from benchmarks.accuracy.run import RESULTS, measure
+from benchmarks.accuracy.run import described, measure, write
 from benchmarks.accuracy.sets import Sets
 from detector.backbone import Backbone
 from detector.features import collect, fit_scores, tune_scores
@@ -35,23 +34,14 @@ def main() -> None:
     name = parser.parse_args().network
     subject = subjects.subject(name)
     backbone, sets = subject.backbone, subject.sets
-    result = subjects.provenance(name) | {
-        "known": subject.known,
-        "precision": backbone.precision,
-        "features": backbone.weight.shape[1],
-        "images": {part: len(getattr(sets, part)) for part in ("train", "tune", "test")},
-        "lowdim_parameters": [],
-        "refused": {},
-    }
-    result |= measure(fitted(backbone, sets), backbone, sets, ours=OURS, rivals=RIVALS)
-    (RESULTS / f"second-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    for score, row in sorted(result["scores"].items(), key=lambda item: -item[1]["near"]["auroc"]):
-        print(f"{score:20} {row['near']['auroc']:.4f} {row['far']['auroc']:.4f}")
-
-
-def fitted(backbone: Backbone, sets: Sets) -> dict[str, Score]:
-    """The first freeze's scores and the second's, fitted in one pass and tuned."""
     options = FitOptions(num_classes=backbone.num_classes)
+    result = described(name, subject, options)
+    result |= measure(fitted(backbone, sets, options), backbone, sets, ours=OURS, rivals=RIVALS)
+    write(result, f"second-{name}")
+
+
+def fitted(backbone: Backbone, sets: Sets, options: FitOptions) -> dict[str, Score]:
+    """The first freeze's scores and the second's, fitted in one pass and tuned."""
     scores, _ = fit_scores(FIRST, backbone, sets.train, options)
     noise = replace(options, generator="noise")
     scores |= {name: _again(scores[of], of, noise, backbone) for name, of in OF_NOISE.items()}
