@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second freeze: GROOD with its OOD prototype from blurred noise, alone and in a fusion, beside the first.
+"""The second and third freeze: GROOD with its OOD prototype from blurred noise, alone and in fusions, beside the first.
 
     python -m benchmarks.accuracy.second --network densenet_cifar10
 
-Chosen on the development networks, after the first confirmation runs, and written into frozen.toml before it was run on
-a confirmation network. Writes benchmarks/accuracy/results/second-NETWORK.json, as `run` does.
+Chosen on the development networks, after the first confirmation runs, and written into frozen.toml before they were run
+on a confirmation network, but for what is said there. Writes benchmarks/accuracy/results/second-NETWORK.json, as `run` does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from detector.scores import FitOptions, Fusion, Score, registry
 
 FIRST = ("grood_margin", "rg", "gen", "energy", *Fusion.members, "fusion")
 OF_NOISE = {"grood_noise": "grood", "grood_margin_noise": "grood_margin"}
-FUSIONS = ("fusion_noise", "fusion_unwhitened")
+FUSIONS = {"fusion_noise": "second", "fusion_unwhitened": "second", "fusion_lean": "third"}
 OURS = (*OF_NOISE, *FUSIONS)  # marked in every table
 RIVALS = ("knn", "vim", "fdbd", "gen", "rg", "energy", "nci", "grood", "grood_margin_w", "fusion")
 
@@ -45,7 +45,7 @@ def fitted(backbone: Backbone, sets: Sets, options: FitOptions) -> dict[str, Sco
     scores, _ = fit_scores(FIRST, backbone, sets.train, options)
     noise = replace(options, generator="noise")
     scores |= {name: _again(scores[of], of, noise, backbone) for name, of in OF_NOISE.items()}
-    scores |= {name: _fusion(frozen()["second"][name], options) for name in FUSIONS}
+    scores |= {name: _fusion(frozen()[freeze][name], options) for name, freeze in FUSIONS.items()}
     tune_scores(scores, collect(backbone, sets.tune))
     return scores
 
