@@ -4,7 +4,8 @@
     python -m benchmarks.accuracy.second --network densenet_cifar10
 
 Chosen on the development networks, after the first confirmation runs, and written into frozen.toml before they were run
-on a confirmation network, but for what is said there. Writes benchmarks/accuracy/results/second-NETWORK.json, as `run` does.
+on a confirmation network, but for what is said there. Writes benchmarks/accuracy/results/second-NETWORK.json, as `run`
+does.
 """
 
 from __future__ import annotations
