@@ -14,6 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
+from benchmarks.accuracy.marks import label
 from benchmarks.start_up import POLL_S, is_ready
 from detector.artifact import read_manifest
 from detector.evaluation import table
@@ -22,9 +23,10 @@ README, MODEL = Path("README.md"), Path("models/cifar10/1")
 
 
 def results() -> str:
-    """The table of the deciding score, from the model's stored report."""
+    """The table of the deciding score, from the model's stored report; with its mark, where it has one."""
     report = json.loads((MODEL / "report.json").read_text())
-    return table(report, read_manifest(MODEL).policy.score_name)
+    score = read_manifest(MODEL).policy.score_name
+    return table(report, score).replace(f"`{score}`", label(score, "embedded"))
 
 
 def answer() -> str:

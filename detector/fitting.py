@@ -85,7 +85,7 @@ def fit(
         train: labelled images the network was trained on.
         calibration: in-distribution images it was not trained on.
         out: the directory to write, `.../NAME/VERSION`.
-        tune: more such images, for what is chosen before calibration; needed by `per_class` and `fusion`.
+        tune: more such images, for what is chosen before calibration; needed by `per_class` and by a fusion.
         test: more such images, to check the promise on.
         options: bank size and mix-up.
         scores: names of the registry; `default_scores` where none are given. The policy's score and the members of a
@@ -324,9 +324,9 @@ def _class_names(network: Network, backbone: Backbone) -> tuple[str, ...]:
 
 
 def _shadows(names: Sequence[str], deciding: str) -> tuple[str, ...]:
-    """The fusion's members where it decides, else the fusion and others, four at most."""
-    if deciding == Fusion.name:
-        return Fusion.members
+    """The members of a fusion where one decides, else `fusion` and others, four at most."""
+    if members := registry()[deciding].members:
+        return members
     others = [name for name in names if name != deciding and not registry()[name].backward]
     return tuple(sorted(others, key=lambda name: name != Fusion.name)[:MOST_SHADOWS])
 

@@ -21,10 +21,6 @@ def frozen() -> dict[str, Any]:
 def label(score: str, network: str, text: str | None = None) -> str:
     """A score's name as Markdown, or another text for it, with its mark on the networks where it has one."""
     changes = frozen()["changed"]
-    changed = score in (
-        *changes["scores"],
-        *changes["on"].get(network, []),
-        *frozen()["second"]["scores"],
-        *frozen()["third"]["scores"],
-    )
+    later = (*frozen()["second"]["scores"], *frozen()["third"]["scores"])
+    changed = score in (*changes["scores"], *changes["on"].get(network, []), *later)
     return f"{text or f'`{score}`'} {MARK}" if changed else text or f"`{score}`"

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("models/cifar10/1"))
     args = parser.parse_args()
     started = time.monotonic()
-    frozen = tomllib.loads(FROZEN.read_text())
+    frozen = tomllib.loads(FROZEN.read_text())["changed"]["default_model"]
     module, spec, preprocessing = load_network(parse_spec("cifar_resnet18"), str(args.weights))
     sets = {
         name: ArrayDataset(images, labels, preprocessing, classes=CIFAR10_CLASSES, source=name)
@@ -49,9 +49,9 @@ def main() -> None:
         args.out,
         tune=sets["tune"],
         test=sets["test"],
-        options=FitOptions(bank_size=frozen["changed"]["default_model"]["bank_size"]),
+        options=FitOptions(bank_size=frozen["bank_size"]),
         scores=FORWARD_SCORES,
-        policy=Policy(score_name=frozen["policy"]["decider"]),
+        policy=Policy(score_name=frozen["decider"]),
         precisions=("fp32", "bf16"),
         half_weights=True,
         source="5,000 CIFAR-10 training images held out of training",

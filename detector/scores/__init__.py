@@ -23,5 +23,5 @@ from detector.scores.base import (
     State as State,
     registry as registry,
 )
-from detector.scores.fusion import Fusion as Fusion, score_all as score_all
+from detector.scores.fusion import Fusion as Fusion, FusionLean as FusionLean, score_all as score_all
 from detector.scores.grood import Grood as Grood, GroodNorm as GroodNorm

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fusion`, ours: the mean of the members' normal scores, from one forward pass and without any OOD data.
+"""`fusion` and `fusion_lean`, ours: the mean of the members' normal scores, of one forward pass and without OOD data.
 
 Each member's score s becomes z(s): on the tune split, z = Phi^-1 of the mid-rank of s, interpolated between the tune
 scores and continued beyond both ends by straight lines of the slope found there. The map is strictly increasing and has
@@ -165,6 +165,17 @@ class Fusion(Score):
                 for index, name in names
             }
         )
+
+
+@register
+class FusionLean(Fusion):
+    """Mean normal score of five members, none of them whitened.
+
+    State: that of `fusion`.
+    """
+
+    name: ClassVar[str] = "fusion_lean"
+    members: ClassVar[tuple[str, ...]] = ("knn", "vim", "rg", "grood_noise", "grood_margin_noise")
 
 
 def _tails(distinct: int) -> tuple[slice, slice]:

@@ -8,8 +8,8 @@ With class prototypes p_1..p_C (class means of the penultimate features h) and a
     g(h) = dL/dq = pi_q (h - q) / ||h - q||                     so ||g|| = pi_q, and y does not matter
 
 `grood` scores an image by the Euclidean distance from g(h) to the nearest gradient of a correctly classified training
-image; `grood_norm` by ||g(h)||_1, which needs no training gradients. `grood_w`, `grood_margin` and `grood_margin_w` are
-our own forms.
+image; `grood_norm` by ||g(h)||_1, which needs no training gradients. `grood_w`, `grood_margin`, `grood_margin_w` and
+those whose q is always of noise, `grood_noise` and `grood_margin_noise`, are our own forms.
 """
 
 from __future__ import annotations
@@ -92,6 +92,31 @@ def _comparable(direction: Tensor, log_pi: Tensor) -> Tensor:
     return torch.hstack([direction, log_pi[:, None]]).float()
 
 
+class NoisePrototype(Gatherer):
+    """The mean features of noise, once for all scores of a fit that ask; of the training images it gathers nothing."""
+
+    def __init__(self, options: FitOptions) -> None:
+        self._mean: Tensor | None = None
+
+    def add(self, outputs: Outputs, labels: Tensor) -> None:
+        pass
+
+    def merge(self, other: Self) -> None:
+        pass
+
+    def progress(self) -> State:
+        return {}
+
+    def restore(self, progress: State) -> None:
+        pass
+
+    def mean(self, backbone: Backbone) -> Tensor:
+        """`noise_prototype` of the network, float64 [D]."""
+        if self._mean is None:
+            self._mean = noise_prototype(backbone)
+        return self._mean
+
+
 class GroodFamily(Score):
     """What the forms of GROOD share: class prototypes and one synthetic OOD prototype, in the space they compare in.
 
@@ -101,16 +126,18 @@ class GroodFamily(Score):
     mean of the class prototypes; `images`: the images that the caller passed, the only form that sees OOD data.
     """
 
-    gathers: ClassVar[tuple[type[Gatherer], ...]] = (ClassSums, EarlyMaps)
-    mixup_coefficient: ClassVar[float | None] = None  # None takes the fit's
+    gathers: ClassVar[tuple[type[Gatherer], ...]] = (ClassSums, EarlyMaps, NoisePrototype)
+    generator: ClassVar[str | None] = None  # None takes the fit's, as it does below
+    mixup_coefficient: ClassVar[float | None] = None
     prototypes: Tensor
     ood_prototype: Tensor
 
     @classmethod
     def refuse(cls, backbone: Backbone, options: FitOptions) -> None:
-        if options.generator not in GENERATORS:
-            raise ScoreError(f"there is no generator {options.generator!r}; use {', '.join(GENERATORS)}")
-        if options.generator == "images" and (options.ood_images is None or not len(options.ood_images)):
+        generator = cls.generator or options.generator
+        if generator not in GENERATORS:
+            raise ScoreError(f"there is no generator {generator!r}; use {', '.join(GENERATORS)}")
+        if generator == "images" and (options.ood_images is None or not len(options.ood_images)):
             raise ScoreError(
                 "the generator `images` needs images: pass FitOptions(ood_images=...) or --ood-images PATH"
             )
@@ -119,11 +146,12 @@ class GroodFamily(Score):
         """Class prototypes [C, D] and OOD prototype [D], float64, in the network's own feature space."""
         means = self.got(ClassSums).means()
         options = self.options
-        if options.generator == "prototype_mean":
+        generator = self.generator or options.generator
+        if generator == "prototype_mean":
             return means, means.mean(dim=0)
-        if options.generator == "noise":
-            return means, noise_prototype(backbone)
-        if options.generator == "images":
+        if generator == "noise":
+            return means, self.got(NoisePrototype).mean(backbone)
+        if generator == "images":
             assert options.ood_images is not None
             return means, _mean_features(backbone, options.ood_images)
         share = options.mixup_coefficient if self.mixup_coefficient is None else self.mixup_coefficient
@@ -162,7 +190,7 @@ class Whitened(GroodFamily):
     and so A, for its labels under the softmax of -||h - p_k|| / T. Without a tune split they are 0.1 and 0.5.
     """
 
-    gathers: ClassVar[tuple[type[Gatherer], ...]] = (ClassSums, EarlyMaps, Scatter)
+    gathers: ClassVar[tuple[type[Gatherer], ...]] = (*GroodFamily.gathers, Scatter)
     whitening: Tensor
 
     def tune(self, outputs: Outputs, labels: Tensor) -> Self:
@@ -227,7 +255,7 @@ class Grood(GroodFamily):
     """
 
     name: ClassVar[str] = "grood"
-    gathers: ClassVar[tuple[type[Gatherer], ...]] = (ClassSums, EarlyMaps, CorrectFeatures)
+    gathers: ClassVar[tuple[type[Gatherer], ...]] = (*GroodFamily.gathers, CorrectFeatures)
     tensors: ClassVar[tuple[str, ...]] = ("prototypes", "ood_prototype", "bank")
     optional: ClassVar[tuple[str, ...]] = ("centres",)
     bank: Tensor
@@ -305,7 +333,7 @@ class GroodW(Whitened, Grood):
     """
 
     name: ClassVar[str] = "grood_w"
-    gathers: ClassVar[tuple[type[Gatherer], ...]] = (ClassSums, EarlyMaps, Scatter, CorrectFeatures)
+    gathers: ClassVar[tuple[type[Gatherer], ...]] = (*Whitened.gathers, CorrectFeatures)
     tensors: ClassVar[tuple[str, ...]] = ("prototypes", "ood_prototype", "whitening", "bank")
     mixup_coefficient: ClassVar[float | None] = OUR_MIXUP
 
@@ -359,8 +387,32 @@ class GroodMarginW(Whitened, GroodMargin):
     """
 
     name: ClassVar[str] = "grood_margin_w"
-    gathers: ClassVar[tuple[type[Gatherer], ...]] = (ClassSums, EarlyMaps, Scatter)
+    gathers: ClassVar[tuple[type[Gatherer], ...]] = Whitened.gathers
     tensors: ClassVar[tuple[str, ...]] = ("prototypes", "ood_prototype", "whitening")
+
+
+@register
+class GroodNoise(Grood):
+    """`grood` with the OOD prototype of noise, whatever generator the fit has: ours.
+
+    State: that of `grood`.
+    """
+
+    name: ClassVar[str] = "grood_noise"
+    gathers: ClassVar[tuple[type[Gatherer], ...]] = (ClassSums, NoisePrototype, CorrectFeatures)
+    generator: ClassVar[str | None] = "noise"
+
+
+@register
+class GroodMarginNoise(GroodMargin):
+    """`grood_margin` with the OOD prototype of noise, whatever generator the fit has: ours.
+
+    State: that of `grood_norm`.
+    """
+
+    name: ClassVar[str] = "grood_margin_noise"
+    gathers: ClassVar[tuple[type[Gatherer], ...]] = (ClassSums, NoisePrototype)
+    generator: ClassVar[str | None] = "noise"
 
 
 def noise_prototype(backbone: Backbone, images: int = 100) -> Tensor:

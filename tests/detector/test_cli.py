@@ -67,7 +67,7 @@ def fitted(material: Path) -> Path:
     return out
 
 
-def test_other_scores_are_fitted_beside_and_a_tune_set_lets_fusion_decide(material: Path) -> None:
+def test_other_scores_are_fitted_beside_and_a_tune_set_lets_a_fusion_decide(material: Path) -> None:
     out = material / "models" / "fused" / "1"
     result = oodgate(
         "fit", material / "train", "--calibration", material / "held_out.npz", "--tune", material / "test.npz",

@@ -33,7 +33,7 @@ from detector.fitting import Network, check_class_order
 from detector.images import Pixels
 from detector.networks import CIFAR_PREPROCESSING
 from detector.policy import Policy
-from detector.scores import FitOptions, Fusion
+from detector.scores import FitOptions, Fusion, FusionLean
 from detector.scores.grood import noise_prototype
 from tests.helpers import TOY_CLASSES, toy_dataset, toy_images, toy_model, toy_network
 
@@ -393,19 +393,22 @@ def test_a_fit_with_a_tune_split_decides_by_fusion_and_its_promise_holds(tmp_pat
     assert stats.kstest(p_values, "uniform").pvalue > 1e-3
 
 
-def test_a_fusion_is_the_same_from_its_file(tmp_path: Path) -> None:
-    fit(
+@pytest.mark.parametrize("kind", [Fusion, FusionLean])
+def test_a_fusion_is_the_same_from_its_file_and_its_members_stand_beside_it(tmp_path: Path, kind: type[Fusion]) -> None:
+    manifest = fit(
         toy_network(),
         toy_dataset(300, 1),
         toy_dataset(300, 2),
         tmp_path / "m" / "1",
         tune=toy_dataset(100, 3),
         options=OPTIONS,
+        policy=Policy(score_name=kind.name),
     )
+    assert manifest.shadow_scores == kind.members
     detector = Detector.load(tmp_path / "m" / "1")
     outputs = detector.outputs(toy_images(50, seed=5)[0])
     together = detector.scores(outputs)
-    assert np.array_equal(together["fusion"], detector.fitted["fusion"].score(outputs).numpy())
+    assert np.array_equal(together[kind.name], detector.fitted[kind.name].score(outputs).numpy())
 
 
 def test_two_fits_of_the_same_images_are_the_same_model(tmp_path: Path) -> None:
@@ -461,6 +464,19 @@ def test_the_ood_prototype_is_made_as_asked(generator: str) -> None:
         "noise": noise_prototype(backbone).float(),
     }[generator]
     assert torch.allclose(found["ood_prototype"], expected, atol=1e-5)
+
+
+def test_scores_of_noise_keep_it_whatever_the_others_take_and_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = Backbone(toy_network().module, CIFAR_PREPROCESSING)
+    made = Mock(wraps=noise_prototype)
+    monkeypatch.setattr("detector.scores.grood.noise_prototype", made)
+    options = replace(OPTIONS, generator="prototype_mean")
+    fitted, _ = fit_scores(["grood", "grood_noise", "grood_margin_noise"], backbone, toy_dataset(200, 1), options)
+    made.assert_called_once_with(backbone)
+    states = {name: score.state() for name, score in fitted.items()}
+    assert torch.allclose(states["grood"]["ood_prototype"], states["grood"]["prototypes"].mean(dim=0), atol=1e-5)
+    for name in ("grood_noise", "grood_margin_noise"):
+        assert torch.equal(states[name]["ood_prototype"], noise_prototype(backbone).float())
 
 
 def test_images_for_the_ood_prototype_must_be_passed_by_name() -> None:

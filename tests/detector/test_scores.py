@@ -25,13 +25,15 @@ from detector.features import bind
 from detector.images import image_ids
 from detector.outputs import Outputs
 from detector.scores import FitOptions, Grood, Score, registry, score_all
-from detector.scores.fusion import Fusion, NormalMap, NormalMaps
+from detector.scores.fusion import Fusion, FusionLean, NormalMap, NormalMaps
+from detector.scores.grood import noise_prototype
 from tests.helpers import EMBEDDED, TOY_CLASSES, toy_images, toy_network
 
 CLASSES = len(TOY_CLASSES)
 OPTIONS = FitOptions(num_classes=CLASSES, bank_size=120, mixup_images=40)
 FORWARD = sorted(name for name, kind in registry().items() if not kind.backward)
-PLAIN = sorted(name for name in FORWARD if name != "fusion" and not name.startswith("lowdim"))
+PLAIN = sorted(name for name in FORWARD if not registry()[name].members and not name.startswith("lowdim"))
+FUSIONS = sorted(name for name in FORWARD if registry()[name].members)
 FITTED = [name for name in FORWARD if registry()[name].gathers]
 TAPS = [(4, 16), (10, 64)]  # classes, features
 
@@ -64,7 +66,7 @@ def held_out(backbone: Backbone) -> tuple[Outputs, Tensor]:
 def fitted(backbone: Backbone, seen: tuple[Outputs, Tensor], held_out: tuple[Outputs, Tensor]) -> dict[str, Score]:
     scores = {name: registry()[name](OPTIONS).partial_fit(*seen).finalize(backbone) for name in FORWARD}
     bind(scores)
-    for name in sorted(FORWARD, key=lambda name: name == "fusion"):
+    for name in sorted(FORWARD, key=lambda name: name in FUSIONS):
         scores[name].tune(*held_out)
     return scores
 
@@ -200,6 +202,7 @@ class Case:
         self.weight = centres - centres.mean(dim=0)
         self.bias = torch.randn(classes, generator=g)
         self.query = torch.cat([self.h[:30] * 0.9, torch.randn(30, size, generator=g).abs()])
+        self.backbone = linear_backbone(self.weight, self.bias)
 
     def outputs(self, h: Tensor) -> Outputs:
         logits = h @ self.weight.T + self.bias
@@ -208,10 +211,7 @@ class Case:
 
     def fit(self, name: str) -> Score:
         options = FitOptions(num_classes=len(self.weight), bank_size=None, mixup_images=40)
-        return registry()[name](options).partial_fit(self.outputs(self.h), self.labels).finalize(self.backbone())
-
-    def backbone(self) -> Backbone:
-        return linear_backbone(self.weight, self.bias)
+        return registry()[name](options).partial_fit(self.outputs(self.h), self.labels).finalize(self.backbone)
 
 
 def linear_backbone(weight: Tensor, bias: Tensor) -> Backbone:
@@ -412,6 +412,12 @@ def grood_margin(case: Case, h: np.ndarray, f: np.ndarray) -> np.ndarray:
     return values
 
 
+def grood_margin_noise(case: Case, h: np.ndarray, f: np.ndarray) -> np.ndarray:
+    d = distances_to(h, np.vstack([class_means(case), noise_prototype(case.backbone).numpy()]))
+    values: np.ndarray = d[:, :-1].min(axis=1) - d[:, -1]
+    return values
+
+
 def whitener(case: Case) -> np.ndarray:
     residual = case.h.numpy().astype(np.float64) - class_means(case)[case.labels.numpy()]
     within = residual.T @ residual / len(residual)
@@ -429,8 +435,15 @@ def grood_margin_w(case: Case, h: np.ndarray, f: np.ndarray) -> np.ndarray:
 
 
 def grood_w(case: Case, h: np.ndarray, f: np.ndarray) -> np.ndarray:
-    a = whitener(case)
-    anchors = np.vstack([class_means(case), mixed_prototype(case, 0.8)]) @ a
+    return to_nearest_gradient(case, h, mixed_prototype(case, 0.8), whitener(case))
+
+
+def grood_noise(case: Case, h: np.ndarray, f: np.ndarray) -> np.ndarray:
+    return to_nearest_gradient(case, h, noise_prototype(case.backbone).numpy(), np.eye(h.shape[1]))
+
+
+def to_nearest_gradient(case: Case, h: np.ndarray, q: np.ndarray, a: np.ndarray) -> np.ndarray:
+    anchors = np.vstack([class_means(case), q]) @ a
 
     def gradients(rows: np.ndarray) -> np.ndarray:
         d = distances_to(rows @ a, anchors)
@@ -462,6 +475,7 @@ ORACLES: dict[str, Callable[[Case, np.ndarray, np.ndarray], np.ndarray]] = {
     "gen": gen, "exgrad": exgrad(1), "exgrad_l2": exgrad(2), "gradnorm": gradnorm, "rg": rg, "react": react,
     "scale": scale, "knn": knn, "mds": mds, "rmds": rmds, "vim": vim, "fdbd": fdbd, "nci": nci,
     "grood_norm": grood_norm, "grood_margin": grood_margin, "grood_margin_w": grood_margin_w, "grood_w": grood_w,
+    "grood_noise": grood_noise, "grood_margin_noise": grood_margin_noise,
 }  # fmt: skip
 for _v, _strength in PRODUCT_STRENGTHS.items():
     for _u, _confidence in PRODUCT_CONFIDENCES.items():
@@ -469,7 +483,7 @@ for _v, _strength in PRODUCT_STRENGTHS.items():
 
 
 def test_every_plain_score_has_an_oracle() -> None:
-    assert set(ORACLES) | {"grood"} == set(PLAIN)  # grood's is in test_grood.py, fusion's below
+    assert set(ORACLES) | {"grood"} == set(PLAIN)  # grood's is in test_grood.py, that of a fusion below
 
 
 @pytest.mark.parametrize("taps", TAPS, ids=str)
@@ -616,7 +630,7 @@ def test_a_fusion_of_one_member_ranks_as_the_member_does(
     images = torch.randint(0, 256, (200, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     ood = backbone.outputs(images)
     far = replace(ood, penultimate=ood.penultimate * 1000, logits=ood.logits * 1000)  # beyond every tune score
-    for name in Fusion.members:
+    for name in {*Fusion.members, *FusionLean.members}:
         one = Fusion(OPTIONS)
         one.members = (name,)  # type: ignore[misc]
         one.bind(fitted).tune(*held_out)
@@ -651,9 +665,12 @@ def test_the_map_stays_finite_where_tune_scores_nearly_underflow() -> None:
     assert bool((z.diff() > 0).all())
 
 
-def test_a_fusion_without_a_member_names_it(fitted: dict[str, Score]) -> None:
-    with pytest.raises(ScoreError, match=Fusion.members[0]):
-        Fusion(OPTIONS).bind({name: score for name, score in fitted.items() if name != Fusion.members[0]})
+@pytest.mark.parametrize("name", FUSIONS)
+def test_a_fusion_without_a_member_names_it(name: str, fitted: dict[str, Score]) -> None:
+    kind = registry()[name]
+    for missing in kind.members:
+        with pytest.raises(ScoreError, match=f"fit {missing} too"):
+            kind(OPTIONS).bind({other: score for other, score in fitted.items() if other != missing})
 
 
 def test_a_fusion_before_its_tune_split_says_what_it_needs(
