@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.readme import replaced
+from benchmarks.serving.results import processor
 from detector import Detector
 from detector.artifact import read_manifest
 from detector.backbone import Precision
@@ -44,10 +45,14 @@ def main() -> None:
         "rounds": ROUNDS,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "processor": processor(),
         "load_at_start": round(os.getloadavg()[0], 1),
         "bank": len(_banks(Detector.load(MODEL))["knn"]),
         "default_bank": DEFAULT_BANK,
-        **{precision: _both(Detector.load(MODEL, precision=precision)) for precision in _quick(manifest.precisions)},
+        **{
+            precision: _both(Detector.load(MODEL, precision=precision))
+            for precision in _not_emulated(manifest.precisions)
+        },
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     written = table(result)
@@ -55,7 +60,7 @@ def main() -> None:
     print(written)
 
 
-def _quick(precisions: Sequence[Precision]) -> list[Precision]:
+def _not_emulated(precisions: Sequence[Precision]) -> list[Precision]:
     """Without bf16 where it is emulated: a share of such a forward says nothing."""
     able = fast_in_bfloat16(torch.device("cpu"))
     return [precision for precision in precisions if able or precision != "bf16"]
@@ -79,8 +84,8 @@ def table(result: Mapping[str, Any]) -> str:
             *map(row, columns[0][1]),
             "",
             f"Median of {result['rounds']} rounds, a batch of {result['batch']}; the forward takes {forwards}. "
-            f"torch {result['torch']}, {result['threads']} threads, load average {result['load_at_start']} at the "
-            f"start, model `{result['model']}`.",
+            f"{result['processor']}, torch {result['torch']}, {result['threads']} threads, load average "
+            f"{result['load_at_start']} at the start, model `{result['model']}`.",
             "",
         ]
     )

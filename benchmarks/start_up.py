@@ -21,6 +21,8 @@ from statistics import median
 
 import torch
 
+from benchmarks.serving.results import processor
+
 RESULT = Path("benchmarks/results/start_up.json")
 RUNS, POLL_S, LIMIT_S = 5, 0.02, 120.0
 
@@ -61,6 +63,7 @@ def main() -> None:
     result = {
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "seconds_to_ready": {"min": seconds[0], "median": median(seconds), "max": seconds[-1]},
         "resident_mb": round(median(run[1] for run in runs) / 1e6),

@@ -20,7 +20,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 from benchmarks import datasets
-from benchmarks.accuracy import compare, networks, odin, rivals, sets, subjects, verify
+from benchmarks.accuracy import compare, networks, odin, rivals, second, sets, subjects, subsets, verify
+from benchmarks.accuracy.marks import frozen
 from benchmarks.imagenet import __main__ as imagenet, protocol
 from detector.backbone import Backbone
 from detector.data import ArrayDataset, Dataset, Subset, batches, open_dataset
@@ -29,7 +30,8 @@ from detector.evaluation import auroc
 from detector.features import collect
 from detector.images import Preprocessing
 from detector.networks import CIFAR_PREPROCESSING, IMAGENET_PREPROCESSING
-from tests.helpers import TOY_CLASSES, photo, toy_images, toy_network
+from detector.scores import FitOptions, Fusion, score_all
+from tests.helpers import TOY_CLASSES, photo, toy_dataset, toy_images, toy_network
 
 IMAGES = {"resnet20": 200, "resnet56": 200, "densenet_cifar10": 100, "densenet_cifar100": 100, "mobilenet_v2": 50}
 SEPARATING = ("mds", "knn", "vim", "nnguide", "gmm", "energy", "msp")  # these must flag features that fit no class
@@ -231,6 +233,35 @@ def test_ours_and_theirs_rank_real_features_alike() -> None:
         assert abs(row["ours_their_way"] - row["aligned"]) < 2e-4, (name, row)
     assert "ours" not in result["scores"]["ash"]["near"]
     assert "ash" in compare.table(result)
+
+
+def test_the_later_freezes_are_fitted_beside_the_first() -> None:
+    network = toy_network()
+    backbone = Backbone(network.module, network.preprocessing)
+    train, tune, test = (toy_dataset(count, seed) for count, seed in ((200, 1), (150, 2), (150, 3)))
+    known = sets.Sets(train, tune, tune, test, near={}, far={})
+    found = second.fitted(backbone, known, FitOptions(num_classes=backbone.num_classes, bank_size=100))
+    assert set(second.OURS) | {"fusion"} <= set(found)
+    outputs = collect(backbone, known.test).outputs
+    for name in second.UNREGISTERED:
+        members = score_all(found, frozen()["second"][name], outputs)
+        fused = found[name]
+        assert isinstance(fused, Fusion)
+        assert set(fused.maps) == set(members)
+        assert torch.equal(fused.combine(members), fused.score(outputs))
+
+
+def test_the_best_subset_is_the_one_that_tells_the_images_apart() -> None:
+    generator = np.random.default_rng(0)
+    inside, outside = (generator.normal(size=(len(subsets.CANDIDATES), 60)) for _ in range(2))
+    good = ["nci", "rg", "grood_noise"]
+    rows = [subsets.CANDIDATES.index(name) for name in good]
+    outside[rows] += 3
+    known = subsets.Known({"test": inside, "a": outside, "b": outside}, {"a": "near", "b": "far"})
+    expected = auroc(inside[rows].mean(axis=0), outside[rows].mean(axis=0))
+    assert known.means(good, "mean") == {"near": expected, "far": expected}
+    first = subsets.best({"toy": known})[0]
+    assert set(good) <= set(first["members"])
 
 
 def write_images(images: np.ndarray, folder: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import decode, score_cost
+from benchmarks.accuracy.marks import MARK
 from benchmarks.heat import chosen_of, table
 from benchmarks.readme import results
 from benchmarks.scaling import table as scaling
@@ -108,6 +109,7 @@ def test_the_readme_lists_every_extra() -> None:
 
 def test_the_readmes_results_are_those_of_the_model() -> None:
     assert results() in README
+    assert MARK in results()
 
 
 def test_the_scaling_page_shows_what_was_measured() -> None:

@@ -3,9 +3,8 @@
 
     python -m benchmarks.accuracy.second --network densenet_cifar10
 
-Chosen on the development networks, after the first confirmation runs, and written into frozen.toml before they were run
-on a confirmation network, but for what is said there. Writes benchmarks/accuracy/results/second-NETWORK.json, as `run`
-does.
+What was chosen, and what had been seen by then, stands in frozen.toml. Writes
+benchmarks/accuracy/results/second-NETWORK.json, as `run` does.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from detector.features import collect, fit_scores, tune_scores
 from detector.scores import FitOptions, Fusion, FusionLean, Score
 
 FITTED = ("grood_margin", "gen", "energy", *Fusion.members, "fusion", *FusionLean.members, "fusion_lean")
-OTHERS = ("fusion_noise", "fusion_unwhitened")  # which `oodgate fit` does not know
-OURS = ("grood_noise", "grood_margin_noise", "fusion_lean", *OTHERS)  # marked in every table
+UNREGISTERED = ("fusion_noise", "fusion_unwhitened")
+OURS = ("grood_noise", "grood_margin_noise", "fusion_lean", *UNREGISTERED)  # marked in every table
 RIVALS = ("knn", "vim", "fdbd", "gen", "rg", "energy", "nci", "grood", "grood_margin", "grood_margin_w", "fusion")
 
 
@@ -42,7 +41,7 @@ def main() -> None:
 def fitted(backbone: Backbone, sets: Sets, options: FitOptions) -> dict[str, Score]:
     """The scores of the first freeze and of those after it, fitted in one pass and tuned."""
     scores, _ = fit_scores(tuple(dict.fromkeys(FITTED)), backbone, sets.train, options)
-    scores |= {name: _fusion(frozen()["second"][name], options) for name in OTHERS}
+    scores |= {name: _fusion(frozen()["second"][name], options) for name in UNREGISTERED}
     tune_scores(scores, collect(backbone, sets.tune))
     return scores
 

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.cifar10.splits import split
 from benchmarks.datasets import CIFAR10_CLASSES, load
+from benchmarks.serving.results import processor
 from detector import Network, fit
 from detector.card import card
 from detector.data import ArrayDataset
@@ -62,7 +63,8 @@ def main() -> None:
         "images": sum(manifest.splits.values()),
         "scores": len(manifest.scores),
         "seconds": round(time.monotonic() - started),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -80,6 +80,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def processor() -> str:
+    """The processor, and the widest arithmetic that it has: `AMD EPYC (avx2)`."""
+    here = machine()
+    return f"{here['cpu']} ({', '.join(here['features'])})"
+
+
 def versions() -> dict[str, str]:
     """Of Python, of what computes, and of every peer."""
     peers = {package: environments.versions(package)[package] for package in PEER_PACKAGES}

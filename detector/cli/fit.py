@@ -64,7 +64,7 @@ def _bank_size(_: click.Context, __: click.Parameter, text: str) -> int | None:
     type=click.Choice(GENERATORS),
     default="mixup",
     show_default=True,
-    help="What GROOD's is made of.",
+    help="What GROOD's is made of, but for forms of noise.",
 )
 @click.option("--ood-images", type=DATA, help="Images for `--ood-prototype images`; the only use of OOD data.")
 @click.option(

@@ -28,8 +28,8 @@ class FitOptions:
             classes; None keeps all.
         mixup_images: training images mixed into the synthetic OOD prototype, balanced over the classes.
         mixup_coefficient: share of the image in the mix; the rest is the prototype of the runner-up class.
-        generator: what the OOD prototype of GROOD is the mean of: `mixup`, `noise`, `prototype_mean`, or `images`
-            that the caller passes by name.
+        generator: what the OOD prototype of GROOD's forms is the mean of, but for those named for noise: `mixup`,
+            `noise`, `prototype_mean`, or `images` that the caller passes by name.
         ood_images: uint8 [N, H, W, 3], those images.
         lowdim_parameters: names of parameters or of modules that hold them, whose gradients `lowdim` and its forms look
             at; none means all parameters.

@@ -96,7 +96,7 @@ class NoisePrototype(Gatherer):
     """The mean features of noise, once for all scores of a fit that ask; of the training images it gathers nothing."""
 
     def __init__(self, options: FitOptions) -> None:
-        self._mean: Tensor | None = None
+        self._known: tuple[Backbone, Tensor] | None = None
 
     def add(self, outputs: Outputs, labels: Tensor) -> None:
         pass
@@ -112,18 +112,19 @@ class NoisePrototype(Gatherer):
 
     def mean(self, backbone: Backbone) -> Tensor:
         """`noise_prototype` of the network, float64 [D]."""
-        if self._mean is None:
-            self._mean = noise_prototype(backbone)
-        return self._mean
+        if self._known is None or self._known[0] is not backbone:
+            self._known = backbone, noise_prototype(backbone)
+        return self._known[1]
 
 
 class GroodFamily(Score):
     """What the forms of GROOD share: class prototypes and one synthetic OOD prototype, in the space they compare in.
 
-    The OOD prototype is the mean of the penultimate features of synthetic images, by `FitOptions.generator`:
-    `mixup` (the default): lambda e(x) + (1 - lambda) mean of e over the runner-up class of x, at the early layer, run
-    on from there; `noise`: blurred uniform noise, of each hundred the ten with the least energy; `prototype_mean`: the
-    mean of the class prototypes; `images`: the images that the caller passed, the only form that sees OOD data.
+    The OOD prototype is the mean of the penultimate features of synthetic images, by the score's `generator`, else the
+    fit's: `mixup` (the default): lambda e(x) + (1 - lambda) mean of e over the runner-up class of x, at the early
+    layer, run on from there; `noise`: blurred uniform noise, of each hundred the ten with the least energy;
+    `prototype_mean`: the mean of the class prototypes; `images`: the images that the caller passed, the only form that
+    sees OOD data.
     """
 
     gathers: ClassVar[tuple[type[Gatherer], ...]] = (ClassSums, EarlyMaps, NoisePrototype)
