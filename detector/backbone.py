@@ -152,13 +152,12 @@ class Backbone:
         """(height, width, 3) of one image."""
         return (*self.preprocessing.crop, 3)
 
-    def outputs(self, images: Tensor, *, early: bool = False, inputs: bool = False, checked: bool = True) -> Outputs:
+    def outputs(self, images: Tensor, *, early: bool = False, checked: bool = True) -> Outputs:
         """Run the network on uint8 images.
 
         Args:
             images: uint8 [N, H, W, 3].
             early: also return the early layer's output.
-            inputs: also return the images.
             checked: look whether all that comes out is finite, for which the host waits until the device is done.
 
         Raises:
@@ -170,9 +169,9 @@ class Backbone:
             raise DataError(f"the network takes uint8 [N, {', '.join(map(str, self.input_shape))}]; got {seen}")
         if len(images) == 0:
             empty = self.weight.new_zeros
-            no_inputs = images if inputs else None
-            return Outputs(empty(0, self.num_classes), empty(0, self.weight.shape[1]), inputs=no_inputs)
+            return Outputs(empty(0, self.num_classes), empty(0, self.weight.shape[1]), inputs=images)
         with torch.inference_mode():
+            on_device = images
             if early:
                 logits, penultimate, tapped = self._with_early(images)
             else:
@@ -186,15 +185,19 @@ class Backbone:
                         logits, penultimate = forward(on_device)
         if checked:
             _refuse_non_finite(logits)
-        return Outputs(logits, penultimate, tapped, inputs=images if inputs else None, checked=checked)
+        return Outputs(logits, penultimate, tapped, inputs=on_device, checked=checked)
 
     def outputs_of(self, x: Tensor) -> Outputs:
-        """Run the network itself on its own input, float [N, 3, H, W], as from `normalised`; raises as `outputs`."""
+        """Run the network itself on its own input, float [N, 3, H, W], as from `normalised`; raises as `outputs`.
+
+        The outputs carry the images that are nearest to it.
+        """
         with self._alone(), torch.inference_mode():
             penultimate = self._penultimate(x)
             logits = torch.addmm(self.bias, penultimate, self.weight.T)
         _refuse_non_finite(logits)
-        return Outputs(logits, penultimate)
+        images = (x * self._std + self._mean).round().clamp(0, 255).byte().movedim(1, -1)
+        return Outputs(logits, penultimate, inputs=images)
 
     def resume(self, early: Tensor) -> Tensor:
         """Run the rest of the network from the early layer's output.

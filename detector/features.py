@@ -71,7 +71,6 @@ def stream(
     *,
     start: int = 0,
     early: bool = False,
-    inputs: bool = False,
     sizes: Sequence[int] = (BATCH,),
 ) -> Iterator[tuple[Outputs, Tensor]]:
     """Outputs with ids, and labels int64 [N], in batches of these sizes by turns."""
@@ -79,7 +78,7 @@ def stream(
         images, labels, ids = batch.images, torch.from_numpy(batch.labels), torch.from_numpy(image_ids(batch.images))
         for part in torch.arange(len(images)).tensor_split(np.cumsum(sizes)[:-1].tolist()):
             if len(part):
-                outputs = backbone.outputs(torch.from_numpy(images)[part], early=early, inputs=inputs)
+                outputs = backbone.outputs(torch.from_numpy(images)[part], early=early)
                 yield outputs.with_ids(ids[part]), labels[part]
 
 
@@ -103,11 +102,10 @@ def collect(
     """
     fitted = scores or {}
     wanted = list(fitted) if names is None else list(names)
-    inputs = any(fitted[name].backward for name in wanted)
     parts: list[Outputs] = []
     values: dict[str, list[Tensor]] = {name: [] for name in wanted}
-    for outputs, _ in stream(backbone, dataset, inputs=inputs, sizes=sizes):
-        parts.append(replace(outputs, inputs=None))
+    for outputs, _ in stream(backbone, dataset, sizes=sizes):
+        parts.append(outputs.without_images())
         for name, value in score_all(fitted, wanted, outputs).items():
             values[name].append(value)
         report(len(outputs))
@@ -136,8 +134,8 @@ def gather(
     Yields:
         ids int64 [N] of the images that all gatherers have taken in since the last.
     """
-    early, inputs = (any(getattr(each.needs, name) for each in gatherers.values()) for name in ("early", "inputs"))
-    batches = stream(backbone, dataset, start=start, early=early, inputs=inputs)
+    early = any(each.needs_early for each in gatherers.values())
+    batches = stream(backbone, dataset, start=start, early=early)
     kinds = [type(gatherer) for gatherer in gatherers.values()]
     for first in range(start, len(dataset), SHARD):
         shard = islice(batches, ceil(min(SHARD, len(dataset) - first) / BATCH))

@@ -153,8 +153,8 @@ class _Extract:
         pixels = np.frombuffer(row["pixels"], np.uint8).reshape(tuple(row["shape"]))
         labels = torch.from_numpy(np.frombuffer(row["labels"], np.int64).copy())
         ids = torch.from_numpy(image_ids(pixels))
-        early, inputs = (any(getattr(kind.needs, name) for kind in self.kinds) for name in ("early", "inputs"))
+        early = any(kind.needs_early for kind in self.kinds)
         for first in range(0, len(pixels), BATCH):
             part = slice(first, first + BATCH)
-            outputs = self.backbone.outputs(torch.from_numpy(pixels[part].copy()), early=early, inputs=inputs)
+            outputs = self.backbone.outputs(torch.from_numpy(pixels[part].copy()), early=early)
             yield outputs.with_ids(ids[part]), labels[part]

@@ -133,7 +133,7 @@ def seconds_per_image(detector: Detector, dataset: Dataset, names: Sequence[str]
     runs: dict[str, list[float]] = {"": [], **{name: [] for name in names}}
     for _ in range(TIMED):
         started = time.perf_counter()
-        outputs = detector.backbone.outputs(images, inputs=True)
+        outputs = detector.backbone.outputs(images)
         outputs.logits.cpu()  # an accelerator is waited for
         runs[""].append(time.perf_counter() - started)
         for name in names:

@@ -10,6 +10,9 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+from detector.errors import ScoreError
+from detector.image_statistics import image_statistics
+
 T = TypeVar("T")
 
 
@@ -22,7 +25,8 @@ class Outputs:
         penultimate: float32 [N, D], the input of the last linear layer: logits = penultimate @ W.T + b.
         early: float32 [N, ...], the output of the early layer, where it was asked for.
         ids: int64 [N], the identity of each image, where it is known.
-        inputs: uint8 [N, H, W, 3], the images, where they were asked for.
+        inputs: uint8 [N, H, W, 3], the images, where they are kept.
+        statistics: float64 [N, 18], their `image_statistics`, where these are kept instead.
         checked: whether a score looks first if all of it is finite; where not, the caller sees to that afterwards.
         derived: what scores have made of the outputs, where they share it; see `sharing`.
     """
@@ -32,6 +36,7 @@ class Outputs:
     early: Tensor | None = None
     ids: Tensor | None = None
     inputs: Tensor | None = None
+    statistics: Tensor | None = None
     checked: bool = True
     derived: dict[str, object] | None = field(default=None, compare=False, repr=False)
 
@@ -39,13 +44,12 @@ class Outputs:
         return len(self.logits)
 
     def __getitem__(self, index: slice | Tensor) -> Outputs:
+        rest = {name: getattr(self, name) for name in ("early", "ids", "inputs", "statistics")}
         return Outputs(
             self.logits[index],
             self.penultimate[index],
-            None if self.early is None else self.early[index],
-            None if self.ids is None else self.ids[index],
-            None if self.inputs is None else self.inputs[index],
-            self.checked,
+            **{name: value[index] for name, value in rest.items() if value is not None},
+            checked=self.checked,
         )
 
     def finite(self) -> Tensor:
@@ -56,6 +60,20 @@ class Outputs:
     def features(self) -> Tensor:
         """`penultimate` in float64 [N, D]."""
         return self.once("features", self.penultimate.double)
+
+    @property
+    def image_statistics(self) -> Tensor:
+        """`image_statistics` of the images, float64 [N, 18]; ScoreError where the outputs came without images."""
+        if self.statistics is not None:
+            return self.statistics
+        images = self.inputs
+        if images is None:
+            raise ScoreError("these outputs came without their images, which a score looks at: pass Outputs(inputs=…)")
+        return self.once("image statistics", lambda: image_statistics(images.to(self.logits.device)))
+
+    def without_images(self) -> Outputs:
+        """The same with the statistics of the images instead of the images."""
+        return replace(self, inputs=None, statistics=self.image_statistics)
 
     def with_ids(self, ids: Tensor) -> Outputs:
         return replace(self, ids=ids)
@@ -75,9 +93,14 @@ class Outputs:
 
 def concatenate(parts: Sequence[Outputs]) -> Outputs:
     """Join the outputs of several batches; `early` and `inputs` are left behind."""
-    ids = [part.ids for part in parts if part.ids is not None]
+
+    def joined(pieces: Sequence[Tensor | None]) -> Tensor | None:
+        known = [piece for piece in pieces if piece is not None]
+        return torch.cat(known) if len(known) == len(pieces) else None
+
     return Outputs(
         torch.cat([part.logits for part in parts]),
         torch.cat([part.penultimate for part in parts]),
-        ids=torch.cat(ids) if len(ids) == len(parts) else None,
+        ids=joined([part.ids for part in parts]),
+        statistics=joined([part.statistics for part in parts]),
     )

@@ -18,9 +18,13 @@ def frozen() -> dict[str, Any]:
     return tomllib.loads(FROZEN.read_text())
 
 
+def later_scores() -> list[str]:
+    """The scores of the freezes after the first."""
+    return [score for freeze in ("second", "third", "fourth") for score in frozen()[freeze]["scores"]]
+
+
 def label(score: str, network: str, text: str | None = None) -> str:
     """A score's name as Markdown, or another text for it, with its mark on the networks where it has one."""
     changes = frozen()["changed"]
-    later = (*frozen()["second"]["scores"], *frozen()["third"]["scores"])
-    changed = score in (*changes["scores"], *changes["on"].get(network, []), *later)
+    changed = score in (*changes["scores"], *changes["on"].get(network, []), *later_scores())
     return f"{text or f'`{score}`'} {MARK}" if changed else text or f"`{score}`"

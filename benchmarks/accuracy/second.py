@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second and third freeze: GROOD with its OOD prototype from blurred noise, alone and in fusions, beside the first.
+"""The freezes after the first: GROOD with its OOD prototype from blurred noise, and what the image itself looks like.
 
     python -m benchmarks.accuracy.second --network densenet_cifar10
 
@@ -18,12 +18,22 @@ from benchmarks.accuracy.run import described, measure, write
 from benchmarks.accuracy.sets import Sets
 from detector.backbone import Backbone
 from detector.features import collect, fit_scores, tune_scores
-from detector.scores import FitOptions, Fusion, FusionLean, Score
+from detector.scores import FitOptions, Fusion, FusionImage, Score
 
-FITTED = ("grood_margin", "gen", "energy", *Fusion.members, "fusion", *FusionLean.members, "fusion_lean")
+FITTED = (
+    "grood_margin",
+    "gen",
+    "energy",
+    *Fusion.members,
+    "fusion",
+    *FusionImage.members,
+    "fusion_lean",
+    "fusion_image",
+)
 UNREGISTERED = ("fusion_noise", "fusion_unwhitened")
-OURS = ("grood_noise", "grood_margin_noise", "fusion_lean", *UNREGISTERED)  # marked in every table
-RIVALS = ("knn", "vim", "fdbd", "gen", "rg", "energy", "nci", "grood", "grood_margin", "grood_margin_w", "fusion")
+OURS = ("grood_noise", "grood_margin_noise", "image_statistics", "fusion_lean", "fusion_image", *UNREGISTERED)  # marked
+RIVALS = ("knn", "vim", "fdbd", "gen", "rg", "energy", "nci", "grood", "grood_w", "grood_margin", "grood_margin_w")
+BESIDE = ("fusion", "fusion_lean")  # of our own
 
 
 def main() -> None:
@@ -34,7 +44,7 @@ def main() -> None:
     backbone, sets = subject.backbone, subject.sets
     options = FitOptions(num_classes=backbone.num_classes)
     result = described(name, subject, options)
-    result |= measure(fitted(backbone, sets, options), backbone, sets, ours=OURS, rivals=RIVALS)
+    result |= measure(fitted(backbone, sets, options), backbone, sets, ours=OURS, rivals=(*RIVALS, *BESIDE))
     write(result, f"second-{name}")
 
 

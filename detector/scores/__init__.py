@@ -8,6 +8,7 @@ from detector.scores import (  # noqa: F401 - they register
     gaussian,
     gradient_norm,
     grood,
+    image,
     logit,
     lowdim,
     lowdim_full,
@@ -18,10 +19,14 @@ from detector.scores import (  # noqa: F401 - they register
 from detector.scores.base import (
     FitOptions as FitOptions,
     Gatherer as Gatherer,
-    Needs as Needs,
     Score as Score,
     State as State,
     registry as registry,
 )
-from detector.scores.fusion import Fusion as Fusion, FusionLean as FusionLean, score_all as score_all
+from detector.scores.fusion import (
+    Fusion as Fusion,
+    FusionImage as FusionImage,
+    FusionLean as FusionLean,
+    score_all as score_all,
+)
 from detector.scores.grood import Grood as Grood, GroodNorm as GroodNorm

@@ -33,9 +33,7 @@ class BackwardScore(Score):
 
     def _score(self, outputs: Outputs) -> Tensor:
         if outputs.inputs is None:
-            raise ScoreError(
-                f"{self.name} runs the network again and needs the images: ask the backbone for inputs=True"
-            )
+            raise ScoreError(f"{self.name} runs the network again and needs the images: pass Outputs(inputs=…)")
         with torch.inference_mode(False):
             return torch.cat([self._score_images(images) for images in torch.split(outputs.inputs, IMAGES)])
 

@@ -46,26 +46,13 @@ class FitOptions:
     index: bool = False
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a forward pass must keep for a score or for what it gathers.
-
-    Args:
-        early: the early layer's output.
-        inputs: the images themselves.
-    """
-
-    early: bool = False
-    inputs: bool = False
-
-
 class Gatherer(ABC):
     """What one streaming pass over the training images leaves behind; scores that need the same share one.
 
     The result is the same for any order of the batches and any sharding, up to the rounding of float64 sums.
     """
 
-    needs: ClassVar[Needs] = Needs()
+    needs_early: ClassVar[bool] = False  # the early layer's output
 
     @abstractmethod
     def __init__(self, options: FitOptions) -> None: ...

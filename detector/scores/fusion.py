@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fusion` and `fusion_lean`, ours: the mean of the members' normal scores, of one forward pass and without OOD data.
+"""`fusion` and its other forms, ours: the mean of the members' normal scores, of one forward pass, without OOD data.
 
 Each member's score s becomes z(s): on the tune split, z = Phi^-1 of the mid-rank of s, interpolated between the tune
 scores and continued beyond both ends by straight lines of the slope found there. The map is strictly increasing and has
@@ -176,6 +176,17 @@ class FusionLean(Fusion):
 
     name: ClassVar[str] = "fusion_lean"
     members: ClassVar[tuple[str, ...]] = ("knn", "vim", "rg", "grood_noise", "grood_margin_noise")
+
+
+@register
+class FusionImage(Fusion):
+    """`fusion_lean` and the image itself: mean normal score of six members.
+
+    State: that of `fusion`.
+    """
+
+    name: ClassVar[str] = "fusion_image"
+    members: ClassVar[tuple[str, ...]] = (*FusionLean.members, "image_statistics")
 
 
 def _tails(distinct: int) -> tuple[slice, slice]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from detector.backbone import Backbone
 from detector.errors import EmptyClass, ScoreError
 from detector.outputs import Outputs
-from detector.scores.base import FitOptions, Gatherer, Needs, State
+from detector.scores.base import FitOptions, Gatherer, State
 from detector.scores.reservoir import Reservoir
 
 
@@ -135,7 +135,7 @@ class CorrectFeatures(Features):
 class EarlyMaps(Gatherer):
     """For the mix-up at the early layer: its class sums, and the maps of `mixup_images` training images."""
 
-    needs: ClassVar[Needs] = Needs(early=True)
+    needs_early: ClassVar[bool] = True
 
     def __init__(self, options: FitOptions) -> None:
         self.counts = torch.zeros(options.num_classes, dtype=torch.int64)
@@ -197,7 +197,6 @@ class EarlyMaps(Gatherer):
 class Images(Rows):
     """At most `bank_size` training images themselves, uint8, for scores whose fit runs the network again."""
 
-    needs: ClassVar[Needs] = Needs(inputs=True)
     limit: ClassVar[int | None] = None  # fewer than `bank_size`, where the method says so
 
     def __init__(self, options: FitOptions) -> None:

@@ -82,6 +82,24 @@ def test_other_scores_are_fitted_beside_and_a_tune_set_lets_a_fusion_decide(mate
     assert manifest.fit.generator == "images"
 
 
+def test_another_fusion_decides_when_it_is_named(material: Path) -> None:
+    out = material / "models" / "lean" / "1"
+    asked = (
+        "fit", material / "train", "--calibration", material / "held_out.npz", "--backbone", "cifar_resnet18",
+        "--weights", material / "weights.safetensors", "--bank-size", 100, "--classes", material / "classes.txt",
+        "--score", "fusion_lean", "--out", out,
+    )  # fmt: skip
+    refused = oodgate(*asked)
+    assert refused.exit_code == 1
+    assert "fusion_lean needs a tune set" in refused.output
+    assert not out.exists()
+    result = oodgate(*asked, "--tune", material / "test.npz")
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(out)
+    assert manifest.policy.score_name == "fusion_lean"
+    assert {"knn", "vim", "rg", "grood_noise", "grood_margin_noise"} <= set(manifest.scores)
+
+
 def test_all_scores_leave_out_and_name_those_that_refuse_the_network(
     material: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -230,23 +230,26 @@ def cut_off(dataset: ArrayDataset) -> ArrayDataset:
     return dataset
 
 
-def test_an_interrupted_fit_goes_on_and_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("score", ["grood", "grood_noise"])
+def test_an_interrupted_fit_goes_on_and_gives_the_same_bits(
+    score: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("detector.features.SHARD", 128)
     monkeypatch.setattr("detector.features.RECORD", 128)
     network = toy_network()
     backbone = Backbone(network.module, network.preprocessing)
-    straight, ids = fit_scores(["grood"], backbone, toy_dataset(600, 1), OPTIONS)
+    straight, ids = fit_scores([score], backbone, toy_dataset(600, 1), OPTIONS)
 
     with pytest.raises(PowerCut):
-        fit_scores(["grood"], backbone, cut_off(toy_dataset(600, 1)), OPTIONS, workdir=tmp_path)
+        fit_scores([score], backbone, cut_off(toy_dataset(600, 1)), OPTIONS, workdir=tmp_path)
     seen: list[int] = []
     resumed, resumed_ids = fit_scores(
-        ["grood"], backbone, toy_dataset(600, 1), OPTIONS, workdir=tmp_path, report=seen.append
+        [score], backbone, toy_dataset(600, 1), OPTIONS, workdir=tmp_path, report=seen.append
     )
     assert seen[0] >= 128  # images that were not read again
     assert torch.equal(ids, resumed_ids)
-    expected = straight["grood"].state()
-    assert all(torch.equal(value, expected[name]) for name, value in resumed["grood"].state().items())
+    expected = straight[score].state()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed[score].state().items())
 
 
 def test_a_disk_that_takes_no_progress_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

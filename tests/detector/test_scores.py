@@ -46,7 +46,7 @@ def backbone() -> Backbone:
 
 def outputs_of(backbone: Backbone, n: int, seed: int) -> tuple[Outputs, Tensor]:
     images, labels = toy_images(n, seed)
-    outputs = backbone.outputs(torch.from_numpy(images), early=True, inputs=True)
+    outputs = backbone.outputs(torch.from_numpy(images), early=True)
     return outputs.with_ids(torch.from_numpy(image_ids(images))), torch.from_numpy(labels)
 
 
@@ -247,7 +247,9 @@ def clusters() -> tuple[Backbone, Outputs, Tensor, Outputs]:
 
     def outputs(h: Tensor, first: int) -> Outputs:
         logits = h @ weight.T / 4
-        return Outputs(logits, h, early=h[:, :, None, None], ids=torch.arange(len(h)) + first)
+        pictures = torch.randint(0, 256, (len(h), 8, 8, 3), generator=g, dtype=torch.uint8)
+        inputs = pictures if first == 0 else pictures // 4
+        return Outputs(logits, h, early=h[:, :, None, None], ids=torch.arange(len(h)) + first, inputs=inputs)
 
     return linear_backbone(weight / 4, bias), outputs(known, 0), labels, outputs(strange, 10_000)
 
@@ -483,7 +485,11 @@ for _v, _strength in PRODUCT_STRENGTHS.items():
 
 
 def test_every_plain_score_has_an_oracle() -> None:
-    assert set(ORACLES) | {"grood"} == set(PLAIN)  # grood's is in test_grood.py, that of a fusion below
+    elsewhere = {
+        "grood",
+        "image_statistics",
+    }  # in test_grood.py and test_image_statistics.py; that of a fusion is below
+    assert set(ORACLES) | elsewhere == set(PLAIN)
 
 
 @pytest.mark.parametrize("taps", TAPS, ids=str)
@@ -698,9 +704,10 @@ def test_only_a_check_waits_for_the_device(fitted: dict[str, Score], checked: bo
     scores = cast(dict[str, Score], on_meta(fitted))
     features = next(score.prototypes for score in scores.values() if isinstance(score, Grood)).shape[1]
     logits, penultimate = (torch.empty(5, size, device="meta") for size in (CLASSES, features))
+    images = torch.empty(5, 32, 32, 3, dtype=torch.uint8, device="meta")
     # What has no content cannot be read by the host, and what the host reads it waits for.
     with pytest.raises(RuntimeError, match="meta") if checked else nullcontext():
-        found = score_all(scores, FORWARD, Outputs(logits, penultimate, checked=checked))
+        found = score_all(scores, FORWARD, Outputs(logits, penultimate, inputs=images, checked=checked))
         assert all(values.shape == (5,) for values in found.values())
 
 

@@ -74,7 +74,7 @@ def backbone() -> Backbone:
 
 
 def outputs_of(backbone: Backbone, images: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Outputs:
-    outputs = backbone.outputs(torch.from_numpy(images), early=True, inputs=True)
+    outputs = backbone.outputs(torch.from_numpy(images), early=True)
     return outputs.with_ids(torch.from_numpy(image_ids(images)))
 
 
@@ -152,7 +152,7 @@ def test_a_score_does_not_depend_on_batch_mates(name: str, fitted: dict[str, Sco
 
 @pytest.mark.parametrize("name", ALL)
 def test_no_images_have_no_scores(name: str, backbone: Backbone, fitted: dict[str, Score]) -> None:
-    empty = backbone.outputs(torch.zeros(0, 32, 32, 3, dtype=torch.uint8), inputs=True)
+    empty = backbone.outputs(torch.zeros(0, 32, 32, 3, dtype=torch.uint8))
     assert fitted[name].score(empty).shape == (0,)
 
 
@@ -193,7 +193,7 @@ def test_two_fits_are_the_same_whatever_the_global_seed(
 
 @pytest.mark.parametrize("name", BACKWARD)
 def test_outputs_without_images_are_refused(name: str, fitted: dict[str, Score], held_out: Outputs) -> None:
-    with pytest.raises(ScoreError, match="inputs=True"):
+    with pytest.raises(ScoreError, match="needs the images"):
         fitted[name].score(replace(held_out, inputs=None))
 
 
@@ -411,7 +411,7 @@ def test_nac_is_the_same_however_many_features_make_the_logits(
     images, labels = toy_images(160, seed=1)
     wide = small(Widened(backbone.module))
     score = Nac(OPTIONS).partial_fit(outputs_of(wide, images), torch.from_numpy(labels)).finalize(wide)
-    found = score.score(wide.outputs(held_out.inputs, inputs=True))  # type: ignore[arg-type]
+    found = score.score(wide.outputs(held_out.inputs))  # type: ignore[arg-type]
     difference = (found - fitted["nac"].score(held_out)).abs()
     assert difference.quantile(0.9) < 1e-6  # a state on an edge may fall to either side of it
 
