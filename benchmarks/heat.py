@@ -77,7 +77,9 @@ def gradients(detector: Detector, images: Pixels) -> tuple[Tensor, Tensor, dict[
     for handle in handles:
         handle.remove()
     features = taps["features"]
-    outputs = Outputs(torch.addmm(backbone.bias, features, backbone.weight.T), features)
+    outputs = Outputs(
+        torch.addmm(backbone.bias, features, backbone.weight.T), features, inputs=torch.from_numpy(images)
+    )
     name = detector.manifest.policy.score_name
     score = score_all(detector.fitted, [name], outputs)[name]
     own, *others = torch.autograd.grad(score.sum(), [x, *(taps[layer] for layer in LAYERS)])

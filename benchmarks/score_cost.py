@@ -129,8 +129,9 @@ def _shares(detector: Detector, names: Sequence[str]) -> dict[str, Any]:
 
 def _round(detector: Detector, names: Sequence[str], images: torch.Tensor, outputs: Outputs) -> dict[str, float]:
     seconds = {"forward": _seconds(lambda: detector.backbone.outputs(images))}
-    for name in names:
-        seconds[name] = _seconds(partial(score_all, detector.fitted, [name], outputs))
+    with detector.scoring_threads():
+        for name in names:
+            seconds[name] = _seconds(partial(score_all, detector.fitted, [name], outputs))
     return seconds
 
 

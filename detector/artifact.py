@@ -27,6 +27,7 @@ from detector.networks import NetworkSpec
 from detector.policy import Policy
 
 LARGEST_OVERLAP = 0.01  # of a set of images; more means that the sets were not held apart
+OOD_SPLIT = "ood"  # images that the OOD prototype is made of, where the user gave some
 MANIFEST, REPORT = "manifest.json", "report.json"
 WEIGHTS, EXPORT = "backbone.safetensors", "backbone.pt2"
 SPLITS, SCORES, CALIBRATION, GOLDEN = (

@@ -103,7 +103,7 @@ class Calibrator:
         At least four times what float32 can tell: another number of threads may move what did not move here.
         """
         views = [_scores(collect(backbone, dataset, scores=self.fitted, sizes=(size,))) for size in (64, 7, 1)]
-        seen = {name: np.array([view[name] for view in views]) for name in self.fitted}
+        seen = {name: np.array([view[name] for view in views]) for name in (*self.fitted, DOUBT)}
         rounding = float(np.finfo(np.float32).eps)
         return {
             name: 4 * max(float(np.ptp(scores, axis=0).max()), rounding * float(np.abs(scores).max()))
@@ -167,7 +167,7 @@ def calibrate(
     detector = Detector.from_artifact(artifact, torch.device(device), manifest.precisions[0])
     fresh = {"name": out.parent.name, "version": out.name, "created": now(), "policy": policy or manifest.policy}
     artifact.manifest = manifest.model_copy(update=fresh)
-    artifact.splits = {name: ids for name, ids in artifact.splits.items() if name in ("fit", "tune")}
+    artifact.splits = {name: ids for name, ids in artifact.splits.items() if name != "calibration"}
     calibrator = Calibrator(artifact, detector.backbone, detector.fitted, report)
     return calibrator.run(dataset, out, source=source, groups=groups, test=check, test_groups=check_groups)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from detector.artifact import Manifest
+from detector.artifact import OOD_SPLIT, Manifest
 
 
 def card(manifest: Manifest) -> str:
@@ -31,6 +31,9 @@ def card(manifest: Manifest) -> str:
         f"promise      accepts {policy.target_id_acceptance:.1%} of such images or more, {promise};",
         f"             95 % of calibrations give between {low:.2%} and {high:.2%}",
     ]
+    if manifest.fit.generator == "images":
+        images = f"{manifest.splits[OOD_SPLIT]:,} images" if OOD_SPLIT in manifest.splits else "images"
+        lines.append(f"OOD images   the OOD prototype of the GROOD forms is made of {images} given to the fit")
     if manifest.group_names == ("other",):
         lines.append("thresholds   one for all classes: no class had enough tune images for a threshold of its own")
     elif len(manifest.group_names) > 1:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -35,6 +36,8 @@ from detector.detector import Detector
 from detector.errors import BackboneError
 from detector.forward import Forward
 from detector.golden import draw
+from detector.outputs import Outputs
+from detector.policy import DOUBT, doubt
 
 SIZES = (1, 4, 8)  # of batches: each costs its weights in memory again, and larger ones are no faster an image
 MOVES = "moves.json"
@@ -145,8 +148,12 @@ def _compiled(network: Forward, images: Tensor, threads: int) -> Path:
 def _moves(eager: Detector, settled: Detector) -> Mapping[str, float]:
     height, width, _ = eager.backbone.input_shape
     images = draw(height, width, DRAWN, seed=1)
-    first, second = (detector.scores(detector.outputs(images)) for detector in (eager, settled))
+    first, second = (_values(detector, detector.outputs(images)) for detector in (eager, settled))
     return {name: SAFETY * float(np.abs(first[name] - second[name]).max()) for name in first}
+
+
+def _values(detector: Detector, outputs: Outputs) -> dict[str, NDArray[np.float64]]:
+    return detector.scores(outputs) | {DOUBT: doubt(outputs.logits).cpu().numpy()}
 
 
 def _end_with_stdin() -> None:

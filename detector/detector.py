@@ -158,9 +158,9 @@ class Detector:
                 `Decider`.
         """
         check_target(policy, self.manifest)
-        tolerance = self.manifest.score_tolerance[self.backbone.precision].get(policy.score_name, 0.0)
+        tolerances = self.manifest.score_tolerance[self.backbone.precision]
         chosen = self.manifest.shadow_scores if shadows is None else shadows
-        return Decider(policy, self.calibration, self.manifest.class_names, tolerance=tolerance, shadows=chosen)
+        return Decider(policy, self.calibration, self.manifest.class_names, tolerances=tolerances, shadows=chosen)
 
     def outputs(self, images: Images) -> Outputs:
         """Run the network.
@@ -200,7 +200,7 @@ class Detector:
     def start_judging(self, outputs: Outputs, decider: Decider, *, shadows: bool = True) -> Scored:
         """Start the deciding score, and the shadows unless they are sampled out; does not wait for the device."""
         names = (decider.policy.score_name, *(decider.shadows if shadows else ()))
-        with self._threads():
+        with self.scoring_threads():
             scores = score_all(self.fitted, names, outputs)
             if not outputs.checked:
                 finite = outputs.finite()
@@ -209,13 +209,14 @@ class Detector:
 
     def finish_judging(self, scored: Scored, decider: Decider) -> list[Verdict]:
         """Fetch what `start_judging` started, and decide: verdicts, one an image."""
-        with self._threads():
+        with self.scoring_threads():
             logits, *scores = scored.download.tensors()
             return decider.decide(
                 logits, {name: values.numpy() for name, values in zip(scored.names, scores, strict=True)}
             )
 
-    def _threads(self) -> AbstractContextManager[None]:
+    def scoring_threads(self) -> AbstractContextManager[None]:
+        """As many threads for a block of scoring as are worth it: one, where no score is large."""
         return one_thread() if self._light else nullcontext()
 
     def pixels(self, images: Images) -> Tensor:

@@ -62,7 +62,7 @@ def evaluate(
 
     Raises:
         SplitOverlap: more than 1 % of the test or shifted images are in a split of the model; fewer are left out.
-        DataError: a data set has no images.
+        DataError: a data set has no images, or an OOD set none that is new to the fit.
     """
     measured = measure(detector, id_test, ood, shifted=shifted, backward=backward, report=report)
     return summarise(measured, replicates)
@@ -73,7 +73,7 @@ def summarise(measured: Measured, replicates: int = REPLICATES) -> dict[str, Any
 
     Returns:
         `id` and, by name, `shifted`: n, accuracy, acceptance, acceptance_interval, accuracy_of_accepted.
-        `decisions`: n, deferral and group by OOD set.
+        `decisions`: n, left_out (images that the fit was given), deferral and group by OOD set.
         `scores`: for each score `ood` (measures by set), `near` and `far` (unweighted means), `id` (AURC and AUGRC
         without OOD images), and `histogram` and `p_values`: counts of images between `edges`, the end bins holding
         what lies beyond. Intervals are 95 %.
@@ -82,7 +82,12 @@ def summarise(measured: Measured, replicates: int = REPLICATES) -> dict[str, Any
     """
     known = measured.known
     decisions = {
-        name: {"n": len(part), "deferral": float(np.mean(~part.accepted)), "group": part.group}
+        name: {
+            "n": len(part),
+            "left_out": part.left_out,
+            "deferral": float(np.mean(~part.accepted)),
+            "group": part.group,
+        }
         for name, part in measured.ood.items()
     }
     views = [(values, [part.scores[name] for part in measured.ood.values()]) for name, values in known.scores.items()]

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from detector.artifact import Artifact, CalibrationRecord, FitRecord, Manifest, sorted_ids, without_overlap
+from detector.artifact import OOD_SPLIT, Artifact, CalibrationRecord, FitRecord, Manifest, sorted_ids, without_overlap
 from detector.backbone import Backbone, Precision
 from detector.calibrating import Calibrator, now
 from detector.calibration import calibration_rank, class_groups, exact, smallest_sample
@@ -27,7 +27,7 @@ from detector.errors import (
     SplitOverlap,
 )
 from detector.features import Collected, Gather, Report, collect, fit_scores, gather, silent, tune_scores
-from detector.images import Preprocessing
+from detector.images import Preprocessing, image_ids
 from detector.networks import NetworkSpec, export_network
 from detector.policy import Grouping, Policy
 from detector.scores import FitOptions, Fusion, registry
@@ -127,6 +127,8 @@ def fit(
         names, backbone, train, options, engine=engine, workdir=workdir, report=report, resumed=resumed
     )
     splits = {"fit": sorted_ids(fit_ids)}
+    if options.generator == "images" and options.ood_images is not None:
+        splits[OOD_SPLIT] = _ood_split(options.ood_images, splits)
     grouping = Grouping.single(backbone.num_classes)
     if tune is not None:
         tuned = _tune_split(backbone, tune, splits, report)
@@ -166,6 +168,12 @@ def _export(network: Network) -> bytes | None:
     if network.archive is None and network.spec is None:
         return export_network(network.module, network.preprocessing)
     return network.archive
+
+
+def _ood_split(images: Tensor, splits: Mapping[str, Tensor]) -> Tensor:
+    """Ids of the OOD images that a fit was given, less those that it also trained on."""
+    ids = torch.from_numpy(image_ids(images.cpu().numpy()))
+    return sorted_ids(ids[without_overlap(ids, splits, "OOD")[0]])
 
 
 def _tune_split(backbone: Backbone, tune: Dataset, splits: dict[str, Tensor], report: Report) -> Collected:

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from detector.artifact import without_overlap
+from detector.artifact import OOD_SPLIT, without_overlap
 from detector.backbone import Precision
 from detector.calibration import p_values
 from detector.data import UNLABELLED, Dataset, Labels
@@ -41,6 +41,7 @@ class Scored:
         accepted: bool [N], under the artifact's policy.
         predicted, labels: int64 [N]; label UNLABELLED where there is none.
         group: `near`, `far` or `other`, of an OOD set.
+        left_out: images of an OOD set that the fit was given, which are not among the N.
     """
 
     scores: Mapping[str, Scores]
@@ -49,6 +50,7 @@ class Scored:
     predicted: Labels
     labels: Labels
     group: str = "other"
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.accepted)
@@ -106,7 +108,7 @@ def measure(
         score_name=detector.manifest.policy.score_name,
         precision=detector.backbone.precision,
         known=run.new(id_test, "in-distribution test"),
-        ood={name: run(part.dataset, part.group) for name, part in ood.items()},
+        ood={name: run.ood(part, name) for name, part in ood.items()},
         shifted={name: run.new(dataset, name) for name, dataset in shifted.items()},
         seconds=seconds_per_image(detector, id_test, names),
     )
@@ -150,11 +152,18 @@ class _Runner:
     def __init__(self, detector: Detector, names: Sequence[str], report: Report) -> None:
         self.detector, self.names, self.report = detector, names, report
 
-    def __call__(self, dataset: Dataset, group: str) -> Scored:
-        return self._scored(self._collect(dataset), group)
+    def ood(self, part: OodSet, name: str) -> Scored:
+        """What the detector says of an OOD set, less the images that the fit was given."""
+        collected = self._collect(part.dataset)
+        given = self.detector.splits.get(OOD_SPLIT, torch.zeros(0, dtype=torch.int64))
+        seen = torch.isin(collected.ids, given)
+        if seen.all():
+            raise DataError(f"the OOD prototype was made of all images of the {name} set; give images new to the fit")
+        scored = self._scored(collected[(~seen).nonzero().flatten()], part.group)
+        return replace(scored, left_out=int(seen.sum()))
 
     def new(self, dataset: Dataset, name: str) -> Scored:
-        """The same, less the images that are in a split of the model."""
+        """What it says of in-distribution images, less those that are in a split of the model."""
         collected = self._collect(dataset)
         kept, _ = without_overlap(collected.ids, self.detector.splits, name)
         return self._scored(collected[kept], "other")

@@ -14,6 +14,8 @@ import io
 import json
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -271,15 +273,30 @@ def _from_hub(spec: NetworkSpec, weights: str) -> tuple[nn.Module, NetworkSpec, 
         if weights not in enums:
             raise BackboneError(f"{weights!r} is neither a file nor one of torchvision's weights: {', '.join(enums)}")
         chosen = enums[weights]
-        module = cast(nn.Module, models.get_model(spec.name, weights=chosen))
+        with _fetching(weights, chosen.url):
+            module = cast(nn.Module, models.get_model(spec.name, weights=chosen))
         completed = spec.model_copy(update={"num_classes": len(chosen.meta["categories"])})
         return module, completed, _torchvision_preprocessing(chosen)
     if weights != "pretrained":
         raise BackboneError(f"there is no weights file {weights}; timm's own weights are called `pretrained`")
     timm = _library("timm")
-    module = cast(nn.Module, timm.create_model(spec.name, pretrained=True))
+    with _fetching(f"{weights} of {spec.name}", "timm's hub"):
+        module = cast(nn.Module, timm.create_model(spec.name, pretrained=True))
     completed = spec.model_copy(update={"num_classes": int(cast(Any, module).num_classes)})
     return module, completed, _timm_preprocessing(timm.data.resolve_model_data_config(module))
+
+
+@contextmanager
+def _fetching(weights: str, source: str) -> Iterator[None]:
+    """Turn what the network or the disk refuses into a BackboneError that names the source."""
+    try:
+        yield
+    except OSError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BackboneError(
+            f"the weights {weights} could not be fetched from {source}: {reason}. "
+            "Give a local .safetensors or .pth file as --weights instead"
+        ) from error
 
 
 def _torchvision_preprocessing(weights: Any) -> Preprocessing:

@@ -164,8 +164,8 @@ class Decider:
         policy: what is asked for.
         calibration: what was measured.
         class_names: in the order of the network's outputs.
-        tolerance: how far the deciding score of one image moves with its batch-mates; nearer to the threshold a
-            verdict is marked borderline.
+        tolerances: how far scores, and DOUBT, of one image move with its batch-mates. Where such a move could change
+            the decision a verdict is marked borderline.
         shadows: other scores to report.
 
     Raises:
@@ -179,11 +179,11 @@ class Decider:
         calibration: CalibrationScores,
         class_names: Sequence[str],
         *,
-        tolerance: float = 0.0,
+        tolerances: Mapping[str, float] | None = None,
         shadows: Sequence[str] = (),
     ) -> None:
         self.policy, self.calibration, self.class_names = policy, calibration, class_names
-        self.tolerance = tolerance
+        self.tolerances = tolerances or {}
         self.shadows = [name for name in shadows if name != policy.score_name]
         missing = [name for name in (policy.score_name, *self.shadows) if name not in calibration.scores]
         if missing:
@@ -233,7 +233,7 @@ class Decider:
         confidence, predicted = (part.tolist() for part in probabilities.max(dim=1))
         doubts = doubt(logits).tolist() if self.doubt_thresholds else [0.0] * len(predicted)
         group_of = [self.calibration.grouping.of_class[label] for label in predicted]
-        evidence = self._evidence(group_of, scores)
+        evidence = self._evidence(group_of, scores, self._torn(logits, group_of, doubts))
         verdicts = []
         for i, (label, group, ood) in enumerate(zip(predicted, group_of, evidence, strict=True)):
             reason = self.reason(group, ood.score, doubts[i])
@@ -249,8 +249,22 @@ class Decider:
             return "low_confidence"
         return "none"
 
-    def _evidence(self, group_of: Sequence[int], scores: Mapping[str, Scores]) -> list[OodEvidence]:
+    def _torn(self, logits: Tensor, group_of: Sequence[int], doubts: Sequence[float]) -> list[bool]:
+        """Whether rounding could move an image over the confidence threshold or into another calibration group."""
+        width, cuts, groups = self.tolerances.get(DOUBT, 0.0), self.doubt_thresholds, self.calibration.grouping
+        torn = [cuts is not None and abs(d - cuts[g].value) <= width for g, d in zip(group_of, doubts, strict=True)]
+        if len(groups.names) > 1 and logits.shape[1] > 1:
+            (first, second), classes = (part.unbind(dim=1) for part in logits.double().topk(2, dim=1))
+            close = (first - second <= 2 * width).tolist()  # the doubts of both classes may move
+            for i, (one, other) in enumerate(zip(*(part.tolist() for part in classes), strict=True)):
+                torn[i] |= close[i] and groups.of_class[one] != groups.of_class[other]
+        return torn
+
+    def _evidence(
+        self, group_of: Sequence[int], scores: Mapping[str, Scores], torn: Sequence[bool]
+    ) -> list[OodEvidence]:
         deciding = self.policy.score_name
+        tolerance = self.tolerances.get(deciding, 0.0)
         columns = {
             name: list(zip(scores[name].tolist(), self._p_values(name, group_of, scores[name]), strict=True))
             for name in (deciding, *self.shadows)
@@ -268,7 +282,7 @@ class Decider:
                     p_cutoff=float(cut.p_cutoff),
                     group=self.calibration.grouping.names[group],
                     target_id_acceptance=self.policy.target_id_acceptance,
-                    borderline=abs(score - cut.value) <= self.tolerance,
+                    borderline=torn[i] or abs(score - cut.value) <= tolerance,
                     shadow={name: Shadow(*columns[name][i]) for name in columns if name != deciding},
                 )
             )

@@ -10,13 +10,18 @@ Row = Mapping[str, Any]
 
 
 def table(result: Row, score: str) -> str:
-    """The evaluation of one score as a Markdown table."""
+    """The evaluation of one score as a Markdown table; one line where there is no OOD set."""
     known = result["id"]
     low, high = known["acceptance_interval"]
     accuracy = "" if known["accuracy"] is None else f", accuracy {known['accuracy']:.2%}"
-    lines = [
+    head = (
         f"In-distribution test images: {known['n']:,}{accuracy}, accepted {known['acceptance']:.2%} "
-        f"(95 % interval {low:.2%} to {high:.2%}).",
+        f"(95 % interval {low:.2%} to {high:.2%})."
+    )
+    if not result["decisions"]:
+        return head
+    lines = [
+        head,
         "",
         f"| OOD set | images | deferred | AUROC of `{score}` | OOD missed at ID 95 % | ID flagged at OOD 95 % |",
         "|---|---:|---:|---:|---:|---:|",
@@ -27,6 +32,10 @@ def table(result: Row, score: str) -> str:
     for group in ("near", "far"):
         if result["scores"][score][group]:
             lines.append(_row(f"mean {group}", "", "", result["scores"][score][group]))
+    left_out = {name: row["left_out"] for name, row in result["decisions"].items() if row.get("left_out")}
+    if left_out:
+        told = ", ".join(f"{n:,} of {name}" for name, n in left_out.items())
+        lines += ["", f"Left out, because the OOD prototype was made of them: {told}."]
     return "\n".join(lines)
 
 
@@ -80,9 +89,13 @@ def scores_table(result: Row) -> str:
 
 def summary(result: Row, score: str) -> str:
     """The whole report on a page of Markdown, `score` being the one that decides."""
-    parts = [table(result, score), details_table(result, score), scores_table(result)]
+    parts = [table(result, score)]
+    if result["decisions"] or result["scores"][score]["id"]["aurc"] is not None:
+        parts.append(details_table(result, score))
     if result["shifted"]:
-        parts.insert(2, shifted_table(result))
+        parts.append(shifted_table(result))
+    if result["decisions"]:
+        parts.append(scores_table(result))
     seconds = result["seconds_per_image"]
     scores = ", ".join(f"`{name}` {1000 * value:.2f}" for name, value in seconds["scores"].items())
     parts.append(

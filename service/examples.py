@@ -118,7 +118,7 @@ _REPORT: dict[str, Any] = {
     "calibration": [{"group": "all", "n": 5000, "threshold": 0.141, "edges": [0.0, 0.1, 0.2], "counts": [4690, 310]}],
     "evaluation": {
         "id": {"n": 5000, "accuracy": 0.932, "acceptance": 0.9492},
-        "decisions": {"svhn-test": {"n": 2000, "deferral": 0.635, "group": "far"}},
+        "decisions": {"svhn-test": {"n": 2000, "left_out": 0, "deferral": 0.635, "group": "far"}},
         "ood": {"svhn-test": {"auroc": 0.94, "ood_miss_rate_at_id95": 0.36, "id_flag_rate_at_ood95": 0.21}},
         "shifted": {},
         "p_values": None,

@@ -180,6 +180,7 @@ class Metrics:
         self.stage = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
         self._shown: dict[str, set[tuple[Gauge, tuple[str, ...]]]] = {}
         self._of_model: dict[tuple[str, str, str], _ModelSeries] = {}
+        self._of_label: dict[tuple[Counter, str, str, str, str], Counter] = {}
 
     def _start_at_zero(self) -> None:
         self.build_info.labels(__version__).set(1)
@@ -276,11 +277,16 @@ class Metrics:
     def _count_top(
         self, counter: Counter, manifest: Manifest, label: str, displaced: str | None, decision: Decision
     ) -> None:
+        model = (manifest.name, manifest.version)
         if displaced is not None:
             for other in DECISIONS:
+                self._of_label.pop((counter, *model, displaced, other), None)
                 with suppress(KeyError):
-                    counter.remove(manifest.name, manifest.version, displaced, other)
-        counter.labels(manifest.name, manifest.version, label, decision).inc()
+                    counter.remove(*model, displaced, other)
+        key = (counter, *model, label, decision)
+        if key not in self._of_label:
+            self._of_label[key] = counter.labels(*model, label, decision)
+        self._of_label[key].inc()
 
     def retire(self, name: str) -> None:
         """Take back the gauges of a model that is served no more; its counters stay, as counters must."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -12,7 +13,7 @@ from prometheus_client import Counter, Histogram
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLarge, BuffersFull, Unauthorized
+from service.errors import BodyTooLarge, BuffersFull, NotReady, Unauthorized
 from service.logs import access
 from service.metrics import Metrics
 from service.problems import response, unexpected
@@ -120,6 +121,11 @@ class Observe:
                 await response(error, Request(scope))(scope, body.receive, send_with_id)
             except ClientDisconnect:
                 status = status or CLIENT_GONE
+            except asyncio.CancelledError:  # the grace of a stop is over
+                if status:
+                    raise
+                late = NotReady("the server stopped before it could answer. Send it again, or to another replica")
+                await response(late, Request(scope))(scope, body.receive, send_with_id)
             except Exception as error:
                 log.error("unexpected error", exc_info=error, extra={"request_id": request_id})
                 if status:

@@ -328,9 +328,8 @@ class Registry:
         name = eager.manifest.name
         model = self._models.get(name)
         if model is not None and model.detector is eager:  # else another version came in the meantime
-            tolerances = settled.manifest.score_tolerance[settled.backbone.precision]
             # The decider stays the same, for by it the drift tests know that they may go on.
-            model.decider.tolerance = tolerances.get(model.decider.policy.score_name, 0.0)
+            model.decider.tolerances = settled.manifest.score_tolerance[settled.backbone.precision]
             self._serve(replace(model, detector=settled))
 
     def _serve(self, model: ServedModel) -> None:

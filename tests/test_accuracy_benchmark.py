@@ -9,6 +9,8 @@ import sys
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -348,6 +350,23 @@ def test_a_list_must_name_images_that_are_there_once(tmp_path: Path) -> None:
     write_images(np.stack([photo(40, 36)] * 3), tmp_path / "ninco" / "more" / "bird")
     with pytest.raises(DataError, match="several images of one name"):
         protocol.listed(open_dataset(tmp_path / "ninco", IMAGENET_PREPROCESSING), names)
+
+
+def test_a_missing_folder_is_named_before_weights_are_fetched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = Mock(side_effect=URLError("no network"))
+    monkeypatch.setattr("torchvision.models.get_model", fetched)
+    command = ["--imagenet", str(tmp_path / "nope"), "--out", str(tmp_path / "out" / "1")]
+    with pytest.raises(SystemExit):
+        imagenet.main(command)
+    assert f"there is no {tmp_path / 'nope' / 'train'}" in capsys.readouterr().err
+    fetched.assert_not_called()
+    for part in ("train", "val"):
+        (tmp_path / "nope" / part).mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        imagenet.main(command)
+    assert "could not be fetched from https://" in capsys.readouterr().err
 
 
 def test_a_missing_folder_is_named_before_the_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

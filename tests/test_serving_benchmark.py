@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import uvloop
 
-from benchmarks.serving import environments, load, plots, results, servers, table, usage
+from benchmarks.serving import environments, load, networks, plots, results, servers, table, usage
 from benchmarks.serving.client import Client, burst, count, finished, open_loop, percentiles
 from benchmarks.serving.goals import Goal, Measured, goals
 from benchmarks.serving.prediction_only import PredictionOnly
@@ -23,6 +23,7 @@ from benchmarks.serving.results import COMMON, PEER_PACKAGES, efficiency
 from benchmarks.serving.servers import PEERS, SERVERS
 from benchmarks.serving.workloads import WORKLOADS
 from detector import Detector
+from detector.artifact import read_manifest
 from detector.policy import Verdict
 from service.engine import Engine
 from service.served import ServedModel
@@ -267,3 +268,9 @@ def test_prediction_only_answers_through_the_engine_with_the_same_labels_and_no_
     found = asyncio.run(judged())
     assert [verdict.prediction.index for verdict in found] == wanted
     assert {verdict.decision for verdict in found} == {"accept"}
+
+
+def test_the_embedded_model_needs_no_fit() -> None:
+    before = read_manifest(WORKLOADS["B"].artifact)
+    networks.ensure(WORKLOADS["B"])
+    assert read_manifest(WORKLOADS["B"].artifact) == before

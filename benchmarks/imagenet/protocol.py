@@ -75,8 +75,10 @@ def run(plan: Plan, progress: Progress) -> dict[str, Any]:
 
     Raises:
         DataError: a set is missing, empty, or lacks an image of its list.
+        BackboneError: as `load_network` raises it.
         ClassOrderMismatch, ScoreError, ArtifactError, TooFewSamples, SplitOverlap: as `detector.fit` raises them.
     """
+    _refuse_missing(plan)
     module, spec, stated = load_network(parse_spec(plan.backbone), plan.weights)
     preprocessing = _sized(stated, plan.size)
     train = open_dataset(plan.imagenet / "train", preprocessing)
@@ -108,6 +110,14 @@ def run(plan: Plan, progress: Progress) -> dict[str, Any]:
     result = evaluate(Detector.load(plan.out, device=device), test, ood, report=report)
     replace_report(plan.out, result, manifest.report | {"id": result["id"]})
     return result
+
+
+def _refuse_missing(plan: Plan) -> None:
+    """What is not there, named before any weights are fetched."""
+    parts = (plan.imagenet / "train", plan.imagenet / "val")
+    for path in (*parts, *plan.near.values(), *plan.far.values(), *plan.lists.values()):
+        if not path.exists():
+            raise DataError(f"there is no {path}; --imagenet must hold train/ and val/, and every set must be there")
 
 
 def listed(dataset: Dataset, file: Path | None) -> Dataset:

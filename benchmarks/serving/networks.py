@@ -25,7 +25,7 @@ from detector.images import Pixels, Preprocessing
 from detector.machine import fast_in_bfloat16
 from detector.networks import CIFAR_PREPROCESSING, IMAGENET_PREPROCESSING, NetworkSpec, build
 from detector.policy import Policy
-from detector.scores import FusionLean
+from detector.scores import FusionImage
 
 CLASSES, SEED, ROUNDS, BATCH = 10, 0, 5, 50
 SAMPLES = "imagenet-samples-1000.zip"
@@ -51,7 +51,7 @@ class _Recipe:
     preprocessing: Preprocessing
     spec: NetworkSpec | None
     images: Callable[[], Pixels]
-    score: str = FusionLean.name  # the one that decides, its members beside it; the embedded model's where not given
+    score: str = FusionImage.name  # the one that decides, its members beside it; the embedded model's where not given
 
 
 def _torchvision(name: str) -> _Recipe:
@@ -68,7 +68,9 @@ _RECIPES = {
 
 def ensure(workload: Workload) -> None:
     """Fit the workload's model where it does not lie in the build folder yet, or decides by another score there."""
-    recipe = _RECIPES[workload.network]
+    recipe = _RECIPES.get(workload.network)
+    if recipe is None:
+        return  # the embedded model
     if workload.artifact.exists():
         if read_manifest(workload.artifact).policy.score_name == recipe.score:
             return

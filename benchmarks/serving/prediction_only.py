@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`oodgate serve` without the verdict: the same server and engine, no score, p-value or decision, no verdict metrics.
+"""`oodgate serve` without the verdict: the same engine, no score, p-value, decision or drift test, no metric of them.
 
     python -m benchmarks.serving.prediction_only serve --models DIR --port PORT
 
@@ -17,6 +17,7 @@ from detector.policy import Decider, OodEvidence, Prediction, Verdict
 from detector.staging import Download
 from service.metrics import Metrics
 from service.registry import Registry
+from service.watch import Watch
 
 NOTHING = OodEvidence(
     score_name="", score=0.0, threshold=0.0, p_value=1.0, p_cutoff=0.0, group="", target_id_acceptance=1.0,
@@ -28,11 +29,13 @@ class PredictionOnly(Detector):
     """A detector that only predicts."""
 
     def start_judging(self, outputs: Outputs, decider: Decider, *, shadows: bool = True) -> Scored:
-        return Scored((), Download([outputs.logits]))
+        with self.scoring_threads():
+            return Scored((), Download([outputs.logits]))
 
     def finish_judging(self, scored: Scored, decider: Decider) -> list[Verdict]:
-        (logits,) = scored.download.tensors()
-        confidence, index = logits.softmax(1).max(1)
+        with self.scoring_threads():
+            (logits,) = scored.download.tensors()
+            confidence, index = logits.softmax(1).max(1)
         names = self.manifest.class_names
         return [
             Verdict("accept", "none", Prediction(i, names[i], value), replace(NOTHING))
@@ -51,6 +54,7 @@ def install() -> None:
 
     Registry.load_all = load_then_forget  # type: ignore[method-assign]
     Metrics.count_verdicts = lambda *_: None  # type: ignore[method-assign]
+    Watch.saw = lambda *_: None  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ def section(folder: Path) -> str:
     found = json.loads(experiments.read_text())["experiments"] if experiments.exists() else []
     if not stored:
         raise FileNotFoundError(f"{folder} holds no result; run `python -m benchmarks.serving.run` first")
-    alone = json.loads(START_UP.read_text())["resident_mb"]
-    measured = Measured({letter: result["runs"] for letter, result in stored.items()}, found, (alone,))
+    alone = json.loads(START_UP.read_text())
+    measured = Measured({letter: result["runs"] for letter, result in stored.items()}, found, alone)
     first = next(iter(stored.values()))
     parts = [_context(first), PEERS, "### Goals", _goal_table(goals(measured))]
     for letter, result in stored.items():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from detector.networks import load_network, parse_spec
 from detector.policy import Policy
 from detector.scores import FitOptions, registry
 from detector.scores.grood import GENERATORS
+from detector.scores.lowdim_full import LowDim
 
 
 def _bank_size(_: click.Context, __: click.Parameter, text: str) -> int | None:
@@ -117,6 +119,7 @@ def fit(
     WebDataset tars, all of them also behind a URI such as s3://bucket/folder, or an .npz with `images` and `labels`.
     A fit keeps its progress every 5,000 images; one that was interrupted goes on from there.
     """
+    _refuse_ignored(ood_prototype, ood_images, lowdim_parameters, also)
     module, spec, stated = load_network(parse_spec(backbone), weights)
     prepared = _preprocessing(stated, preprocessing)
     classes = _class_names(classes_file)
@@ -161,6 +164,19 @@ def fit(
             resumed=lambda done: click.echo(f"resuming at {done:,} of {len(training):,} images", err=True),
         )
     click.echo(card(manifest))
+
+
+def _refuse_ignored(
+    ood_prototype: str, ood_images: Path | str | None, lowdim_parameters: Sequence[str], also: Sequence[str]
+) -> None:
+    """UsageError where an option is given that nothing would read."""
+    if ood_images is not None and ood_prototype != "images":
+        raise click.UsageError("--ood-images is read with `--ood-prototype images` alone; add that, or drop the images")
+    readers = [name for name, score in registry().items() if issubclass(score, LowDim)]
+    if lowdim_parameters and not set(readers) & set(also):
+        raise click.UsageError(
+            f"--lowdim-parameters is read by {', '.join(readers)} alone; add one with --also, or drop the option"
+        )
 
 
 def _preprocessing(stated: Preprocessing, flags: dict[str, Any]) -> Preprocessing:

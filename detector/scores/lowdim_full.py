@@ -38,7 +38,8 @@ class LowDim(BackwardScore, LowDimScore):
     gathers: ClassVar[tuple[type[Gatherer], ...]] = (LowDimImages,)
     tensors: ClassVar[tuple[str, ...]] = ("parameters", *LowDimScore.tensors)
     advice: ClassVar[str] = (
-        "Choose parameter groups with FitOptions.lowdim_parameters, or fit lowdim_average, a smaller basis."
+        "Choose parameter groups with --lowdim-parameters (FitOptions.lowdim_parameters), or fit lowdim_average, "
+        "a smaller basis."
     )
     parameters: Tensor
 
@@ -88,7 +89,7 @@ class LowDimAverage(LowDim):
     """The energy of a linear probe on per-image gradients, projected on the average gradient of each class."""
 
     name: ClassVar[str] = "lowdim_average"
-    advice: ClassVar[str] = "Choose parameter groups with FitOptions.lowdim_parameters."
+    advice: ClassVar[str] = "Choose parameter groups with --lowdim-parameters (FitOptions.lowdim_parameters)."
 
     @classmethod
     def _columns(cls, backbone: Backbone) -> int:

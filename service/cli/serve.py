@@ -21,6 +21,13 @@ from service.settings import Settings, unknown_variables
 log = logging.getLogger(__name__)
 
 MOST_FILES = 65_536
+SPELT = {"tuple_type": 'give a JSON list, as ["msp","knn"]', "dict_type": 'give a JSON object, as {"name":"..."}'}
+
+
+class WrongSetting(click.ClickException):
+    """A setting that cannot be; one line, and the exit status of wrong usage."""
+
+    exit_code = 2
 
 
 @click.command()
@@ -34,7 +41,9 @@ def serve(**flags: Any) -> None:
     try:
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        raise click.UsageError("; ".join(map(_told, error.errors()))) from error
+        # A default that follows from other settings fails with them, and says nothing of its own.
+        own = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
+        raise WrongSetting("; ".join(map(_told, own))) from error
     logs.configure(settings.log_level)
     if unknown := unknown_variables(os.environ):
         log.warning("ignored variables that are no settings: %s", ", ".join(unknown))
@@ -59,5 +68,5 @@ def _allow_many_connections() -> None:
 
 
 def _told(error: ErrorDetails) -> str:
-    message = error["msg"].removeprefix("Value error, ")
+    message = SPELT.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     return f"OODGATE_{'.'.join(map(str, error['loc'])).upper()}: {message}" if error["loc"] else message

@@ -8,6 +8,8 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
+from unittest.mock import Mock
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -193,6 +195,21 @@ def test_a_spec_that_names_nothing_is_refused(text: str) -> None:
 def test_a_name_that_is_neither_file_nor_weights_is_refused_with_the_choices() -> None:
     with pytest.raises(BackboneError, match="IMAGENET1K_V2"):
         load_network(parse_spec("torchvision:resnet50"), "IMAGENET21K")
+
+
+@pytest.mark.parametrize(
+    ("spec", "weights", "loader", "source"),
+    [
+        ("torchvision:resnet18", "IMAGENET1K_V1", "torchvision.models.get_model", "https://download.pytorch.org/"),
+        ("timm:resnet18", "pretrained", "timm.create_model", "timm's hub"),
+    ],
+)
+def test_weights_that_cannot_be_fetched_are_one_line_that_asks_for_a_file(
+    spec: str, weights: str, loader: str, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, Mock(side_effect=URLError("no network")))
+    with pytest.raises(BackboneError, match=rf"{weights}.* could not be fetched from {source}.*no network.*--weights"):
+        load_network(parse_spec(spec), weights)
 
 
 def test_a_network_without_a_linear_end_is_refused() -> None:

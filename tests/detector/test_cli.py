@@ -80,6 +80,8 @@ def test_other_scores_are_fitted_beside_and_a_tune_set_lets_a_fusion_decide(mate
     assert manifest.policy.score_name == "fusion"
     assert {"grood", "msp", "rg"} <= set(manifest.scores)
     assert manifest.fit.generator == "images"
+    told = "the OOD prototype of the GROOD forms is made of 60 images given to the fit"
+    assert told in oodgate("inspect", out).output
 
 
 def test_another_fusion_decides_when_it_is_named(material: Path) -> None:
@@ -281,6 +283,14 @@ def test_evaluate_refuses_sets_it_cannot_tell_apart(
     assert said in result.output
 
 
+def test_evaluate_without_an_ood_set_prints_no_empty_table(fitted: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "unlabelled.npz", images=toy_images(40, 12)[0])
+    result = oodgate("evaluate", fitted, "--id", tmp_path / "unlabelled.npz", "--no-store")
+    assert result.exit_code == 0, result.output
+    assert "In-distribution test images: 40, accepted" in result.stdout
+    assert "|" not in result.stdout
+
+
 def test_plots_without_matplotlib_say_what_to_install(
     fitted: Path, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,6 +370,25 @@ def test_a_wrong_argument_is_one_clear_line(material: Path, arguments: tuple[str
     result = oodgate("fit", material / "train", *(part for pair in base.items() for part in pair))
     assert result.exit_code in (1, 2)
     assert isinstance(result.exception, SystemExit)  # a message, no traceback
+    assert said in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--ood-images", "."), "is read with `--ood-prototype images` alone"),
+        (("--lowdim-parameters", "fc"), "is read by lowdim, lowdim_knn, lowdim_average, lowdim_average_knn alone"),
+        (("--lowdim-parameters", "fc", "--also", "lowdim_last"), "add one with --also"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused_before_the_network_is_loaded(
+    tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    result = oodgate(
+        "fit", tmp_path, "--calibration", tmp_path, "--backbone", "export:nowhere.pt2", "--out", tmp_path / "1",
+        *arguments,
+    )  # fmt: skip
+    assert result.exit_code == 2
     assert said in result.output
 
 

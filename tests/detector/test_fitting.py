@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from detector import Detector, artifact as artifacts, calibrate, evaluate, fit
+from detector import Detector, OodSet, artifact as artifacts, calibrate, evaluate, fit
 from detector.backbone import Backbone
 from detector.calibration import Guarantee, clopper_pearson
 from detector.card import card
@@ -28,9 +28,10 @@ from detector.errors import (
     SplitOverlap,
     TooFewSamples,
 )
+from detector.evaluation import summary
 from detector.features import fit_scores
 from detector.fitting import Network, check_class_order
-from detector.images import Pixels
+from detector.images import Pixels, image_ids
 from detector.networks import CIFAR_PREPROCESSING
 from detector.policy import Policy
 from detector.scores import FitOptions, Fusion, FusionLean
@@ -469,6 +470,42 @@ def test_the_ood_prototype_is_made_as_asked(generator: str) -> None:
     assert torch.allclose(found["ood_prototype"], expected, atol=1e-5)
 
 
+def strange_images(n: int) -> Pixels:
+    return np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+
+
+def fit_on_strange(out: Path) -> Path:
+    options = replace(OPTIONS, generator="images", ood_images=torch.from_numpy(strange_images(30)))
+    fit(toy_network(), toy_dataset(300, 1), toy_dataset(300, 2), out, options=options)
+    return out
+
+
+def test_ood_images_of_the_fit_stay_a_split_when_the_promise_moves(tmp_path: Path) -> None:
+    first, second = fit_on_strange(tmp_path / "m" / "1"), tmp_path / "m" / "2"
+    calibrate(first, toy_dataset(300, 5), second)
+    for model in (first, second):
+        assert artifacts.load(model).splits["ood"].tolist() == sorted(image_ids(strange_images(30)))
+        assert "is made of 30 images given to the fit" in card(artifacts.read_manifest(model))
+
+
+def test_ood_images_of_the_fit_are_no_evidence(tmp_path: Path) -> None:
+    detector = Detector.load(fit_on_strange(tmp_path / "m" / "1"), device="cpu")
+    known = toy_dataset(50, 9)
+    strange = {"some": OodSet(ArrayDataset(strange_images(50), None, CIFAR_PREPROCESSING))}
+    result = evaluate(detector, known, strange)
+    assert (result["decisions"]["some"]["n"], result["decisions"]["some"]["left_out"]) == (20, 30)
+    assert "made of them: 30 of some." in summary(result, "grood")
+    same = {"same": OodSet(ArrayDataset(strange_images(30), None, CIFAR_PREPROCESSING))}
+    with pytest.raises(DataError, match="made of all images of the same set"):
+        evaluate(detector, known, same)
+
+
+def test_training_images_given_as_ood_images_are_refused(tmp_path: Path) -> None:
+    options = replace(OPTIONS, generator="images", ood_images=torch.from_numpy(toy_images(300, 1)[0][:50]))
+    with pytest.raises(SplitOverlap, match="50 of 50 OOD images are also in the fit split"):
+        fit(toy_network(), toy_dataset(300, 1), toy_dataset(300, 2), tmp_path / "m" / "1", options=options)
+
+
 def test_scores_of_noise_keep_it_whatever_the_others_take_and_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = Backbone(toy_network().module, CIFAR_PREPROCESSING)
     made = Mock(wraps=noise_prototype)
@@ -518,6 +555,16 @@ def test_a_score_whose_basis_would_be_too_large_is_refused_before_any_image_is_r
     sets = unread(300, 1), toy_dataset(300, 2), tmp_path / "toy" / "1"
     with pytest.raises(ScoreError, match=r"a basis of [\d,]+ x [\d,]+ numbers would take"):
         fit(toy_network(), *sets, scores=(name,), options=OPTIONS)
+
+
+def test_a_basis_that_would_be_too_large_names_the_flag_that_makes_it_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detector.scores.subspace.LARGEST", 1_000)
+    sets = unread(300, 1), toy_dataset(300, 2), tmp_path / "toy" / "1"
+    for name in ("lowdim", "lowdim_average"):
+        with pytest.raises(ScoreError, match="with --lowdim-parameters"):
+            fit(toy_network(), *sets, scores=(name,), options=OPTIONS)
 
 
 @pytest.mark.parametrize("name", ["gaia_a", "gaia_z"])

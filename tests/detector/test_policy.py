@@ -117,10 +117,27 @@ def test_shadows_are_reported_and_decide_nothing() -> None:
 
 
 def test_a_score_near_the_threshold_is_marked_borderline() -> None:
-    decider = Decider(Policy(), calibration(), NAMES, tolerance=0.01)
+    decider = Decider(Policy(), calibration(), NAMES, tolerances={"grood": 0.01})
     edge = decider.thresholds[0].value
     near, far = decider.decide(logits(2), {"grood": np.array([edge + 0.005, edge + 0.5])})
     assert (near.ood.borderline, far.ood.borderline) == (True, False)
+
+
+def test_a_confidence_near_its_threshold_is_borderline_too() -> None:
+    decider = Decider(Policy(alpha_conf=0.02), calibration(), NAMES, tolerances={DOUBT: 1e-6})
+    assert decider.doubt_thresholds is not None
+    rest = np.expm1(decider.doubt_thresholds[0].value) / 2  # of two classes, whose doubt is log(1 + 2 rest)
+    values = torch.tensor([[0.0, np.log(rest * change), np.log(rest * change)] for change in (1 - 1e-7, 1 + 1e-7, 0.9)])
+    below, above, sure = decider.decide(values.double(), {"grood": np.full(3, 0.1)})
+    assert (below.decision, above.decision, sure.decision) == ("accept", "defer", "accept")
+    assert (below.ood.borderline, above.ood.borderline, sure.ood.borderline) == (True, True, False)
+
+
+def test_an_image_between_two_classes_of_other_groups_is_borderline() -> None:
+    decider = Decider(Policy(), calibration(Grouping.by_class([0, 1, 1], NAMES)), NAMES, tolerances={DOUBT: 1e-6})
+    values = torch.tensor([[5.0, 5.0 + 1e-6, 0], [0, 5.0, 5.0 + 1e-6], [5.0, 4.9, 0]], dtype=torch.float64)
+    verdicts = decider.decide(values, {"grood": np.full(3, 0.1)})
+    assert [verdict.ood.borderline for verdict in verdicts] == [True, False, False]
 
 
 def test_a_score_that_is_no_finite_number_defers_its_own_image_alone() -> None:

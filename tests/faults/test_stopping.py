@@ -6,9 +6,11 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -75,6 +77,22 @@ def test_a_stop_under_load_drains_then_closes_and_answers_all_it_admitted(toy_mo
     assert admitted <= answered
     assert while_draining
     assert set(while_draining) == {200}
+
+
+def test_a_request_that_is_never_whole_is_told_of_the_stop(toy_models: Path) -> None:
+    head = b"POST /v1/verdict HTTP/1.1\r\nhost: here\r\ncontent-type: image/png\r\ncontent-length: 999\r\n"
+    with running(toy_models, shutdown_grace_s="1") as server:
+        address = urlsplit(server.url)
+        with socket.create_connection((address.hostname or "", address.port or 0), timeout=60) as connection:
+            connection.sendall(head + b"expect: 100-continue\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 100 ")  # it waits for the body
+            server.process.send_signal(signal.SIGTERM)
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))
+        assert server.process.wait(60) == 0
+        server.wait_logged(path="/v1/verdict", status="503")
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b'"code":"not_ready"' in answer
+    assert not [record for record in server.log if "exc_info" in record]
 
 
 def test_a_kill_while_versions_are_written_and_swapped_leaves_the_last_whole_one(toy: Path, tmp_path: Path) -> None:

@@ -223,9 +223,12 @@ def test_a_queue_that_no_full_request_fits_is_refused() -> None:
 
 def test_a_wrong_setting_is_one_clear_line_at_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OODGATE_PORT", "many")
+    monkeypatch.setenv("OODGATE_SHADOW_SCORES", "knn")
     result = CliRunner().invoke(main, ["serve"])
     assert result.exit_code == 2
-    assert "OODGATE_PORT" in result.output
+    (line,) = result.output.splitlines()
+    assert line.startswith("Error: OODGATE_PORT: ")
+    assert line.endswith('; OODGATE_SHADOW_SCORES: give a JSON list, as ["msp","knn"]')
 
 
 def test_variables_that_are_no_settings_are_named_with_what_they_may_mean() -> None:
