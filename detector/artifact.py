@@ -88,7 +88,7 @@ class Manifest(_Record):
     group_of_class: tuple[int, ...]
     group_names: tuple[str, ...]
     precisions: tuple[Precision, ...]
-    score_tolerance: dict[str, dict[str, float]] = {}  # by precision and score
+    score_tolerance: dict[str, dict[str, float]] = {}  # by precision and score, and policy.DOUBT
     splits: dict[str, int] = {}
     fit: FitRecord
     calibration: CalibrationRecord

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network and its taps: uint8 images -> Outputs(logits, penultimate, early).
+"""A network and its taps: uint8 images -> Outputs(logits, penultimate, early, inputs).
 
 Resuming from the early layer is a forward hook that replaces its output: one mechanism for every network.
 Plain outputs come from the lean form of the network (`forward.py`), which has no hooks.

@@ -88,7 +88,7 @@ def libraries(directory: Path) -> dict[int, Path]:
 
 
 def moves(directory: Path) -> dict[str, float]:
-    """By score, how far the libraries of a directory may move it."""
+    """By score, and DOUBT, how far the libraries of a directory may move it."""
     content: dict[str, float] = json.loads((directory / MOVES).read_text())
     return content
 

@@ -134,7 +134,8 @@ class Detector:
 
         Args:
             forward: that form.
-            moves: by score, how far it may differ from the form that was calibrated; no tolerance becomes smaller.
+            moves: by score, and DOUBT, how far it may differ from the form that was calibrated; no tolerance becomes
+                smaller.
         """
         precision = self.backbone.precision
         known = self.manifest.score_tolerance[precision]

@@ -104,8 +104,9 @@ def collect(
     wanted = list(fitted) if names is None else list(names)
     parts: list[Outputs] = []
     values: dict[str, list[Tensor]] = {name: [] for name in wanted}
-    for outputs, _ in stream(backbone, dataset, sizes=sizes):
-        parts.append(outputs.without_images())
+    for each, _ in stream(backbone, dataset, sizes=sizes):
+        outputs = each.with_statistics()
+        parts.append(replace(outputs, inputs=None))
         for name, value in score_all(fitted, wanted, outputs).items():
             values[name].append(value)
         report(len(outputs))

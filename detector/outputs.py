@@ -14,6 +14,7 @@ from detector.errors import ScoreError
 from detector.image_statistics import image_statistics
 
 T = TypeVar("T")
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,15 @@ class Outputs:
         images = self.inputs
         if images is None:
             raise ScoreError("these outputs came without their images, which a score looks at: pass Outputs(inputs=…)")
-        return self.once("image statistics", lambda: image_statistics(images.to(self.logits.device)))
+        # In parts, for floats of many images are many times the images.
+        parts = torch.split(images, BATCH)
+        return self.once(
+            "image statistics", lambda: torch.cat([image_statistics(part.to(self.logits.device)) for part in parts])
+        )
 
-    def without_images(self) -> Outputs:
-        """The same with the statistics of the images instead of the images."""
-        return replace(self, inputs=None, statistics=self.image_statistics)
+    def with_statistics(self) -> Outputs:
+        """The same with the statistics of the images, which can stand for them."""
+        return replace(self, statistics=self.image_statistics)
 
     def with_ids(self, ids: Tensor) -> Outputs:
         return replace(self, ids=ids)

@@ -103,7 +103,7 @@ class Metrics:
             "shadow_disagreements", "Images that a shadow score, at the same cut-off, would judge otherwise.", SCORED
         )
         self.borderline = counter(
-            "borderline", "Images whose score lies within rounding of the threshold; either decision is right.", SCORED
+            "borderline", "Images that lie within rounding of a limit; either decision is right.", SCORED
         )
         self.class_decisions = counter(
             "class_decisions",

@@ -47,7 +47,7 @@ class OodBody(BaseModel):
     group: str = Field(description="The calibration group that judged: all, a class, or other.")
     target_id_acceptance: float
     borderline: bool = Field(
-        description="The score lies so near the threshold that rounding could change the decision."
+        description="Score, confidence or class lie so near a limit that rounding could change the decision."
     )
     shadow: dict[str, ShadowBody] = Field(description="What other scores say; they decide nothing.")
 

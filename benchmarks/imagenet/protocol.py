@@ -27,7 +27,7 @@ from detector.scores import FitOptions
 # The published ones that need no backward pass, and ours.
 SCORES = (
     "msp", "max_logit", "energy", "gen", "react", "scale", "knn", "mds", "rmds", "vim", "fdbd", "nci", "gradnorm",
-    "grood", "grood_norm", "fusion", "fusion_lean",
+    "grood", "grood_norm", "image_statistics", "fusion", "fusion_lean", "fusion_image",
 )  # fmt: skip
 TUNE_SHARE = 0.4  # of the held-out images; the others calibrate
 VALIDATION = "val"

@@ -42,7 +42,7 @@ class Ood(_Answer):
         score: larger = more OOD.
         p_value: conformal; small = unlike the calibration images.
         p_cutoff: deferred as OOD iff p_value <= p_cutoff iff score > threshold.
-        borderline: so near the threshold that rounding could change the decision.
+        borderline: so near a limit that rounding could change the decision.
     """
 
     score_name: str = ""

@@ -12,6 +12,7 @@ from typing import Any
 import click
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
+from pydantic_settings import SettingsError
 
 from service import logs
 from service.app import create_app
@@ -44,6 +45,8 @@ def serve(**flags: Any) -> None:
         # A default that follows from other settings fails with them, and says nothing of its own.
         own = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
         raise WrongSetting("; ".join(map(_told, own))) from error
+    except SettingsError as error:
+        raise WrongSetting(f"{error}: a setting of several values is JSON") from error
     logs.configure(settings.log_level)
     if unknown := unknown_variables(os.environ):
         log.warning("ignored variables that are no settings: %s", ", ".join(unknown))

@@ -19,6 +19,6 @@ export function rarity(ood) {
   return `About ${share} calibration images look as unusual as this one, or more so (p = ${ood.p_value.toPrecision(2)}). ${cut}`;
 }
 
-export const BORDERLINE = "This one lies so near the threshold that rounding could turn the decision; either is right.";
+export const BORDERLINE = "This one lies so near a limit that rounding could turn the decision; either is right.";
 
 export const HIDDEN = "This server shows scores, and what explains them, to the admin alone.";

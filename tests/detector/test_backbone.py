@@ -256,6 +256,14 @@ def test_a_network_that_gives_nan_is_refused() -> None:
         backbone.outputs(some_images(backbone))
 
 
+def test_the_networks_own_input_gives_its_images_back() -> None:
+    backbone = Backbone(CifarResNet18(5, 8), CIFAR_PREPROCESSING)
+    images = torch.arange(256, dtype=torch.uint8).repeat(24).view(2, 32, 32, 3)
+    found = backbone.outputs_of(backbone.normalised(images)).inputs
+    assert found is not None
+    assert torch.equal(found, images)
+
+
 def test_two_threads_get_their_own_features() -> None:
     backbone = Backbone(CifarResNet18(5, 8), CIFAR_PREPROCESSING)
     batches = [some_images(backbone, 2), 255 - some_images(backbone, 2)]

@@ -34,7 +34,7 @@ from detector.fitting import Network, check_class_order
 from detector.images import Pixels, image_ids
 from detector.networks import CIFAR_PREPROCESSING
 from detector.policy import Policy
-from detector.scores import FitOptions, Fusion, FusionLean
+from detector.scores import FitOptions, Fusion, FusionImage, FusionLean
 from detector.scores.grood import noise_prototype
 from tests.helpers import TOY_CLASSES, toy_dataset, toy_images, toy_model, toy_network
 
@@ -397,7 +397,7 @@ def test_a_fit_with_a_tune_split_decides_by_fusion_and_its_promise_holds(tmp_pat
     assert stats.kstest(p_values, "uniform").pvalue > 1e-3
 
 
-@pytest.mark.parametrize("kind", [Fusion, FusionLean])
+@pytest.mark.parametrize("kind", [Fusion, FusionLean, FusionImage])
 def test_a_fusion_is_the_same_from_its_file_and_its_members_stand_beside_it(tmp_path: Path, kind: type[Fusion]) -> None:
     manifest = fit(
         toy_network(),

@@ -25,7 +25,7 @@ from detector.features import bind
 from detector.images import image_ids
 from detector.outputs import Outputs
 from detector.scores import FitOptions, Grood, Score, registry, score_all
-from detector.scores.fusion import Fusion, FusionLean, NormalMap, NormalMaps
+from detector.scores.fusion import Fusion, FusionImage, NormalMap, NormalMaps
 from detector.scores.grood import noise_prototype
 from tests.helpers import EMBEDDED, TOY_CLASSES, toy_images, toy_network
 
@@ -635,8 +635,11 @@ def test_a_fusion_of_one_member_ranks_as_the_member_does(
 ) -> None:
     images = torch.randint(0, 256, (200, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     ood = backbone.outputs(images)
-    far = replace(ood, penultimate=ood.penultimate * 1000, logits=ood.logits * 1000)  # beyond every tune score
-    for name in {*Fusion.members, *FusionLean.members}:
+    beyond = ood.image_statistics * 1000
+    far = replace(
+        ood, penultimate=ood.penultimate * 1000, logits=ood.logits * 1000, statistics=beyond
+    )  # every tune score
+    for name in {*Fusion.members, *FusionImage.members}:
         one = Fusion(OPTIONS)
         one.members = (name,)  # type: ignore[misc]
         one.bind(fitted).tune(*held_out)
@@ -714,7 +717,8 @@ def test_only_a_check_waits_for_the_device(fitted: dict[str, Score], checked: bo
 def test_unchecked_outputs_that_are_no_numbers_have_nan_for_a_score() -> None:
     detector = Detector.load(EMBEDDED, device="cpu", precision="fp32")
     features, classes = detector.backbone.weight.shape[1], detector.backbone.num_classes
-    outputs = Outputs(torch.ones(3, classes), torch.ones(3, features), checked=False)
+    images = torch.zeros(3, 32, 32, 3, dtype=torch.uint8)
+    outputs = Outputs(torch.ones(3, classes), torch.ones(3, features), inputs=images, checked=False)
     outputs.penultimate[1, 0], outputs.logits[2, 0] = torch.nan, torch.inf
     verdicts = detector.finish_judging(detector.start_judging(outputs, detector.decider), detector.decider)
     assert [verdict.ood.sound for verdict in verdicts] == [True, False, False]

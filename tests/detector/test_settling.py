@@ -22,6 +22,7 @@ import torch
 from detector import Detector, artifact as artifacts
 from detector.compiled import CompiledForward
 from detector.compiling import libraries
+from detector.policy import DOUBT
 from detector.settling import ForwardState, Settling, compiler
 from tests.helpers import ROOT, toy_images
 
@@ -76,6 +77,7 @@ def test_compiled_answers_are_those_of_the_eager_forward(
     assert torch.allclose(first.logits, second.logits, rtol=1e-4, atol=1e-4 * float(first.logits.abs().max()))
     assert torch.allclose(first.penultimate, second.penultimate, rtol=1e-4, atol=1e-5)
     tolerance = compiled.manifest.score_tolerance["fp32"]
+    assert tolerance[DOUBT] > 0
     before, after = eager.scores(first), compiled.scores(second)
     assert all(np.abs(before[name] - after[name]).max() <= tolerance[name] for name in before)
 

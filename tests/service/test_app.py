@@ -231,6 +231,15 @@ def test_a_wrong_setting_is_one_clear_line_at_the_command(monkeypatch: pytest.Mo
     assert line.endswith('; OODGATE_SHADOW_SCORES: give a JSON list, as ["msp","knn"]')
 
 
+def test_a_setting_that_is_no_json_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OODGATE_TOKENS", "me:1234")
+    result = CliRunner().invoke(main, ["serve"])
+    assert result.exit_code == 2
+    (line,) = result.output.splitlines()
+    assert '"tokens"' in line
+    assert line.endswith("a setting of several values is JSON")
+
+
 def test_variables_that_are_no_settings_are_named_with_what_they_may_mean() -> None:
     environment = {"OODGATE_MAX_BACH": "7", "OODGATE_QQQ_42": "", "OODGATE_PORT": "1", "oodgate_host": "", "PATH": ""}
     assert unknown_variables(environment) == ["OODGATE_MAX_BACH (did you mean OODGATE_MAX_BATCH?)", "OODGATE_QQQ_42"]
