@@ -205,6 +205,11 @@ def test_an_ablation_is_of_the_images_that_its_networks_result_is_of(path: Path)
             assert abs(ablation["rows"][row][group] - scores[score][group]["auroc"]) <= verify.TOLERANCE, (score, group)
 
 
+def test_the_subsets_are_of_the_images_that_their_networks_results_are_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify._verified("subsets")
+    assert "the same" in capsys.readouterr().out
+
+
 @pytest.mark.data
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_the_weights_at_hand_are_those_of_the_results(name: str) -> None:

@@ -5,9 +5,9 @@
     python -m benchmarks.accuracy.verify resnet20 embedded-backward
 
 The accuracy must be the same and the AUROC of the smallest OOD set within 0.0001: threads and processors change last
-digits. An ablation must have the figures of its network's result, for the scores that both have. A result from before
-results named their weights is given their digest where that holds, in either precision, and what that rests on; of the
-model that they were read from, and of most versions, nothing is known then.
+digits. An ablation, and the subsets, must have the figures of their networks' results, for the scores that both have. A
+result from before results named their weights is given their digest where that holds, in either precision, and what
+that rests on; of the model that they were read from, and of most versions, nothing is known then.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ def _verified(name: str) -> bool:
     result = _read(name)
     if name.startswith("ablations-"):
         return _told(name, _ablation(result), "fp32")
+    if name == "subsets":
+        return _told(name, _subsets(result), "fp32")
     either = result["network"] == "embedded" and "precision" not in result
     asked: tuple[AskedPrecision, ...] = ("fp32", "bf16") if either else (result.get("precision", "fp32"),)
     return any(_told(name, _run(result, precision), precision) for precision in asked)
@@ -104,6 +106,17 @@ def _ablation(result: Mapping[str, Any]) -> tuple[Figures, Figures, str]:
     stored = {f"{score} {group}": result["rows"][ABLATED[score]][group] for score, group in keys}
     again = {f"{score} {group}": of_network[score][group]["auroc"] for score, group in keys}
     return stored, again, f"{' and '.join(ABLATED)} of {network}.json"
+
+
+def _subsets(result: Mapping[str, Any]) -> tuple[Figures, Figures, str]:
+    (fused,) = (row for row in result["rows"] if (row["why"], row["rule"]) == ("`fusion_lean`", "mean"))
+    others = {network: _read(f"second-{network}") for network in result["weights"]}
+    if any(other["weights"]["sha256"] != result["weights"][name]["sha256"] for name, other in others.items()):
+        raise SystemExit("not of the weights at hand: subsets")
+    keys = [(network, group) for network in others for group in ("near", "far")]
+    stored = {f"{network} {group}": fused[network][group] for network, group in keys}
+    again = {f"{network} {group}": others[network]["scores"]["fusion_lean"][group]["auroc"] for network, group in keys}
+    return stored, again, " and ".join(f"fusion_lean of second-{network}.json" for network in others)
 
 
 def _named(result: Mapping[str, Any], by: str) -> dict[str, Any]:
