@@ -24,7 +24,7 @@ from detector.features import bind
 from detector.images import Limits, Pixels, decode, image_ids
 from detector.machine import exact_float32, fast_in_bfloat16, one_thread, resolve_device, return_freed_memory
 from detector.networks import build, load_export
-from detector.outputs import Outputs
+from detector.outputs import BATCH, Outputs
 from detector.policy import CalibrationScores, Decider, Grouping, Policy, Verdict
 from detector.scores import Score, registry, score_all
 from detector.staging import Download, download
@@ -32,7 +32,6 @@ from detector.staging import Download, download
 log = logging.getLogger(__name__)
 
 Images = Pixels | Tensor | Sequence[bytes]
-BATCH = 64
 LIGHT_CELLS = 2**22  # of the largest tensor of a score, up to which one thread is as fast as several
 
 

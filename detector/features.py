@@ -26,11 +26,10 @@ from detector.backbone import Backbone
 from detector.data import Dataset, Labels, batches
 from detector.errors import DataError
 from detector.images import image_ids
-from detector.outputs import Outputs, concatenate
+from detector.outputs import BATCH, Outputs, concatenate
 from detector.scores import FitOptions, Gatherer, Score, registry, score_all
 from detector.scores.gather import known_ids
 
-BATCH = 64
 SHARD = 8 * BATCH  # images that are summed by themselves, then merged: every engine rounds alike
 RECORD = 5_000  # images between two records of progress
 Report = Callable[[int], None]  # told how many more images are done

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from detector.backbone import Backbone
 from detector.data import Dataset
 from detector.errors import DataError
-from detector.features import BATCH, SHARD, gather_shard
+from detector.features import SHARD, gather_shard
 from detector.images import Preprocessing, image_ids
-from detector.outputs import Outputs
+from detector.outputs import BATCH, Outputs
 from detector.scores import FitOptions, Gatherer
 
 Row = dict[str, Any]

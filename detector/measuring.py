@@ -18,8 +18,9 @@ from detector.calibration import p_values
 from detector.data import UNLABELLED, Dataset, Labels
 from detector.detector import Detector
 from detector.errors import DataError
-from detector.features import BATCH, Collected, Report, collect, silent
+from detector.features import Collected, Report, collect, silent
 from detector.metrics import Flags, Scores
+from detector.outputs import BATCH
 
 TIMED = 3  # runs, of which the fastest counts
 

@@ -14,7 +14,7 @@ from detector.errors import ScoreError
 from detector.image_statistics import image_statistics
 
 T = TypeVar("T")
-BATCH = 64
+BATCH = 64  # images in a pass
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,7 @@ from benchmarks.datasets import FAR_OOD, NEAR_OOD, Images, load
 from detector import Detector
 from detector.backbone import Backbone
 from detector.evaluation import auroc
-from detector.features import BATCH
-from detector.outputs import Outputs
+from detector.outputs import BATCH, Outputs
 from detector.scores import Grood, Score
 from detector.scores.base import State
 from detector.scores.grood import comparable, gradient_bank

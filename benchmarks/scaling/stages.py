@@ -25,9 +25,9 @@ from PIL import Image
 from torchvision.models import resnet50
 
 from detector.backbone import Backbone
-from detector.features import BATCH, share_gatherers
+from detector.features import share_gatherers
 from detector.images import Preprocessing, decode, image_ids
-from detector.outputs import Outputs
+from detector.outputs import BATCH, Outputs
 from detector.scores import FitOptions, Gatherer, registry
 from detector.scores.gather import EarlyMaps
 
