@@ -6,24 +6,26 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import uvloop
 
-from benchmarks.serving import environments, load, networks, plots, results, servers, table, usage
+from benchmarks.serving import environments, experiments, load, networks, plots, results, servers, table, usage
 from benchmarks.serving.client import Client, burst, count, finished, open_loop, percentiles
 from benchmarks.serving.goals import Goal, Measured, goals
 from benchmarks.serving.prediction_only import PredictionOnly
 from benchmarks.serving.results import COMMON, PEER_PACKAGES, efficiency
 from benchmarks.serving.servers import PEERS, SERVERS
 from benchmarks.serving.workloads import WORKLOADS
-from detector import Detector
+from detector import Detector, artifact as artifacts
 from detector.artifact import read_manifest
+from detector.errors import GoldenMismatch
 from detector.policy import Verdict
 from service.engine import Engine
 from service.served import ServedModel
@@ -268,6 +270,29 @@ def test_prediction_only_answers_through_the_engine_with_the_same_labels_and_no_
     found = asyncio.run(judged())
     assert [verdict.prediction.index for verdict in found] == wanted
     assert {verdict.decision for verdict in found} == {"accept"}
+
+
+def test_prediction_only_passes_the_self_test_that_its_compiled_forward_must_pass() -> None:
+    model, golden = detector(), artifacts.load(EMBEDDED).golden
+    model.__class__ = PredictionOnly
+    model.self_test(golden)
+    golden["fp32.deferred"] = ~golden["fp32.deferred"]
+    with pytest.raises(GoldenMismatch):
+        model.self_test(golden)
+
+
+def test_a_verdict_is_not_compared_with_another_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def running(server: servers.Server, *_: object) -> Iterator[SimpleNamespace]:
+        mode = "compiled" if server.name == "oodgate" else "eager"
+        yield SimpleNamespace(forward={"precision": "fp32", "mode": mode})
+
+    measured = {"images_per_s": 100.0, "images_per_cpu_s": 50.0}
+    monkeypatch.setattr(experiments, "running", running)
+    monkeypatch.setattr(load, "closed", lambda *_: measured)
+    monkeypatch.setattr(load, "counted", lambda *_: measured)
+    with pytest.raises(RuntimeError, match="nothing can be compared"):
+        experiments.verdict(WORKLOADS["B"], "oodgate", "auto", 1)
 
 
 def test_the_embedded_model_needs_no_fit() -> None:

@@ -48,15 +48,21 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="images of each set, for a trial or for scores of many passes")
     parser.add_argument("--train", type=int, help="training images; default: as --limit, or all there are to be")
     parser.add_argument("--lowdim-parameters", nargs="*", default=(), help="prefixes; default: all parameters")
+    parser.add_argument("--early-layer", help="where the mix-up resumes from; default: the first stage")
     parser.add_argument("--out", help="name of the result; default: the network's")
     args = parser.parse_args()
     subject = subjects.subject(args.network, args.limit, args.train or args.limit)
     backbone, sets = subject.backbone, subject.sets
+    backbone.early = args.early_layer or backbone.early
     names = (*args.scores, *(ONE_PASS if args.backward else ()))
     started = time.monotonic()
     options = FitOptions(num_classes=backbone.num_classes, lowdim_parameters=tuple(args.lowdim_parameters))
     scores, refused = _fitted(names, backbone, sets, options)
-    result = described(args.network, subject, options, refused) | measure(scores, backbone, sets)
+    result = described(args.network, subject, options, refused)
+    if args.early_layer:
+        result |= {"early_layer": backbone.early} | measure(scores, backbone, sets, ours=("grood",))
+    else:
+        result |= measure(scores, backbone, sets)
     result["seconds"] = round(time.monotonic() - started)
     write(result, args.out or args.network)
 

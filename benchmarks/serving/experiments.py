@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one number per server cannot show: a burst, a busy neighbour, growth, and what the verdict costs.
+"""What one number per server cannot show: a burst, a busy neighbour, growth, what the verdict costs, and settling.
 
     python -m benchmarks.serving.experiments --workload A --repeats 3 --seconds 8 [--kind burst …] [--server NAME …]
 
@@ -13,9 +13,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -27,6 +29,7 @@ from benchmarks.serving.usage import resident_mb
 from benchmarks.serving.workloads import WORKLOADS, Workload
 
 BURST_REQUESTS, SINGLES = 8, 30
+HALF, MOST_LOADS = 0.5, 200
 GROWTH = (32, 64, 128, 256, 512)
 
 
@@ -67,17 +70,41 @@ def growth(workload: Workload, server: str, precision: str, seconds: float) -> d
 def verdict(workload: Workload, server: str, precision: str, seconds: float) -> dict[str, Any]:
     """Throughput and images per CPU-second with the verdict and without it, one right after the other."""
     found: dict[str, Any] = {}
+    forwards = []
     for name, each in (("verdict", "oodgate"), ("prediction_only", "oodgate-prediction-only")):
         with running(SERVERS[each], workload, precision) as live:
+            forwards.append(live.forward)
             rate = load.closed(live, SATURATED, WARM_S)["images_per_s"]
             found[name] = load.counted(live, SATURATED, max(LEAST_COUNTED, round(rate * seconds)))
+    if forwards[0] != forwards[1]:
+        raise RuntimeError(f"with the verdict {forwards[0]} ran, without it {forwards[1]}; nothing can be compared")
     return found | {
+        "forward": forwards[0],
         "ratio": found["verdict"]["images_per_s"] / found["prediction_only"]["images_per_s"],
         "ratio_per_cpu_s": found["verdict"]["images_per_cpu_s"] / found["prediction_only"]["images_per_cpu_s"],
     }
 
 
-KINDS = {"burst": burst, "neighbour": neighbour, "growth": growth, "verdict": verdict}
+def settling(workload: Workload, server: str, precision: str, seconds: float) -> dict[str, Any]:
+    """Latency at half load with the eager forward alone, while the compiled one is made and handed over, and after."""
+    with running(SERVERS[server], workload, precision) as live:
+        load.closed(live, SATURATED, WARM_S)
+        rate = HALF * load.closed(live, SATURATED, seconds)["images_per_s"]
+        sent_for = load.enough_sent(seconds, rate)
+        eager = load.open_loop(live, rate, sent_for, 0)
+    with TemporaryDirectory() as state:
+        fresh = {"OODGATE_COMPILE": "auto", "OODGATE_STATE_DIR": state}
+        with running(SERVERS[server], workload, precision, fresh) as live:
+            began = time.monotonic()
+            meanwhile: list[dict[str, float]] = []
+            while not live.settled() and len(meanwhile) < MOST_LOADS:
+                meanwhile.append(load.open_loop(live, rate, sent_for, len(meanwhile), at_once=True))
+            took = time.monotonic() - began
+            settled = load.open_loop(live, rate, sent_for, 0)
+    return {"rate": rate, "eager": eager, "meanwhile": meanwhile, "settled_s": took, "settled": settled}
+
+
+KINDS = {"settling": settling, "burst": burst, "neighbour": neighbour, "growth": growth, "verdict": verdict}
 
 
 @contextmanager

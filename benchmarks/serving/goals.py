@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -52,9 +53,9 @@ class Measured:
         found = [run for run in self._runs.get(workload, ()) if (run["server"], run["asked"]) == (server, asked)]
         return sorted(found, key=lambda run: int(run["repeat"]))
 
-    def experiment(self, kind: str, workload: str) -> list[dict[str, Any]]:
-        """The repeats of an experiment with oodgate in float32."""
-        wanted = (kind, workload, "oodgate", "fp32")
+    def experiment(self, kind: str, workload: str, asked: str = "fp32") -> list[dict[str, Any]]:
+        """The repeats of an experiment with oodgate."""
+        wanted = (kind, workload, "oodgate", asked)
         for one in self._experiments:
             if (one["kind"], one["workload"], one["server"], one["asked"]) == wanted:
                 return list(one["runs"])
@@ -92,7 +93,11 @@ def closed(concurrency: int, figure: str) -> Callable[[Run], float]:
 
 
 def _tail(load: str) -> Callable[[Run], float | None]:
-    return lambda run: float(run["open"][load]["p99_ms"]) if load in run["open"] else None
+    def tail(run: Run) -> float | None:
+        p99 = float(run["open"][load]["p99_ms"]) if load in run["open"] else None
+        return p99 if p99 is not None and isfinite(p99) else None  # infinite where requests failed
+
+    return tail
 
 
 def goals(measured: Measured) -> list[Goal]:
@@ -131,9 +136,9 @@ def _against_peers(measured: Measured) -> list[Goal]:
         single = measured.over_peers("A", (asked, "fp32"), closed(1, "p50_ms"), min, ("fastapi",))
         rows.append(Goal(f"A: p50 at concurrency 1, {how} ÷ plain FastAPI's", None, 1.05, single))
     loads = ((COMMON, "one rate for all, near 90 % of the best peer's"), ("90%", "90 % of its own throughput each"))
-    for workload, (load, at), (asked, how) in product(("A", "B", "C"), loads, FORMS):
+    for workload, (load, at), (asked, how) in product("ABCDN", loads, FORMS):
         tails = measured.over_peers(workload, (asked, "fp32"), _tail(load), min)
-        if tails or (load, asked) == (COMMON, "auto"):
+        if (tails and (workload, load) != ("N", COMMON)) or (workload in "ABC" and (load, asked) == (COMMON, "auto")):
             rows.append(Goal(f"{workload}: p99 at {at}, {how} ÷ best peer's", None, 0.8, tails))
     return rows
 
@@ -160,34 +165,29 @@ def _experiments(measured: Measured) -> list[Goal]:
     def second(run: dict[str, Any]) -> float:
         return float(run["after_ms"][1] / median(run["before_ms"]))
 
+    def fair(run: dict[str, Any]) -> float:
+        return float(run["share_of_fair"])
+
     def grown(figure: str) -> Callable[[dict[str, Any]], float]:
         return lambda run: float(run["levels"]["512"][figure] / run["levels"]["32"][figure])
 
-    rows = [
-        Goal(
-            "A, fp32 eager: second request after a burst ÷ median single request before it", None, 1.2,
-            _each(measured.experiment("burst", "A"), second),
-        )
-    ]  # fmt: skip
-    for workload in ("A", "B", "N"):
-        runs = measured.experiment("verdict", workload)
-        if runs or workload == "A":
-            what = f"{workload}, fp32 eager: throughput with verdict ÷ prediction only, same server"
+    rows = []
+    for workload, (asked, how) in product("ABN", FORMS):
+        runs = measured.experiment("verdict", workload, asked)
+        if runs or (workload, asked) == ("A", "fp32"):
+            what = f"{workload}, {how}: throughput with verdict ÷ prediction only, same server"
             rows.append(Goal(what, 0.95, None, _each(runs, lambda run: float(run["ratio"]))))
-            cost = f"{workload}, fp32 eager: the same, images per CPU-second"
+            cost = f"{workload}, {how}: the same, images per CPU-second"
             rows.append(Goal(cost, 0.95, None, _each(runs, lambda run: float(run["ratio_per_cpu_s"]))))
-    runs = measured.experiment("growth", "A")
-    rows += [
-        Goal("A, fp32 eager: throughput at 512 ÷ at 32 concurrent", 0.95, None, _each(runs, grown("images_per_s"))),
-        Goal("A, fp32 eager: memory at 512 ÷ at 32 concurrent", None, 1.1, _each(runs, grown("resident_mb"))),
-        Goal(
-            "A, fp32 eager: p99 at 512 ÷ at 32 concurrent (a queue 16 times as long)",
-            None,
-            16,
-            _each(runs, grown("p99_ms")),
-            1,
-        ),
-    ]
-    beside = measured.experiment("neighbour", "A")
-    fair = _each(beside, lambda run: float(run["share_of_fair"]))
-    return [*rows, Goal("A, fp32 eager: share of its fair share beside a busy neighbour", 0.8, None, fair)]
+    for what, kind, least, most, figure, digits in (
+        ("second request after a burst ÷ median single request before it", "burst", None, 1.2, second, 2),
+        ("throughput at 512 ÷ at 32 concurrent", "growth", 0.95, None, grown("images_per_s"), 2),
+        ("memory at 512 ÷ at 32 concurrent", "growth", None, 1.1, grown("resident_mb"), 2),
+        ("p99 at 512 ÷ at 32 concurrent (a queue 16 times as long)", "growth", None, 16, grown("p99_ms"), 1),
+        ("share of its fair share beside a busy neighbour", "neighbour", 0.8, None, fair, 2),
+    ):
+        for asked, how in FORMS:
+            runs = measured.experiment(kind, "A", asked)
+            if runs or asked == "fp32":
+                rows.append(Goal(f"A, {how}: {what}", least, most, _each(runs, figure), digits))
+    return rows

@@ -81,14 +81,21 @@ def counted(running: Running, concurrency: int, requests: int) -> dict[str, floa
     }
 
 
-def open_loop(running: Running, rate: float, seconds: float, seed: int) -> dict[str, float]:
+def open_loop(running: Running, rate: float, seconds: float, seed: int, *, at_once: bool = False) -> dict[str, float]:
     """Poisson arrivals at a fixed rate; latency counts from the instant a request should have been sent.
+
+    Args:
+        running: the server.
+        rate: images/s.
+        seconds: for how long.
+        seed: of the arrivals.
+        at_once: do not wait until the server is idle.
 
     Returns:
         rate (images/s), sent, failed, p50_ms, p90_ms, p99_ms, max_ms.
     """
     found: dict[str, float] = _client(
-        running, "open", "--rate", f"{rate:.3f}", "--seconds", f"{seconds}", "--seed", str(seed)
+        running, "open", "--rate", f"{rate:.3f}", "--seconds", f"{seconds}", "--seed", str(seed), at_once=at_once
     )
     return found
 
@@ -104,8 +111,9 @@ def burst(running: Running, connections: int, requests: int, singles: int) -> di
     return found
 
 
-def _client(running: Running, *arguments: str) -> Any:
-    settle(running.process)
+def _client(running: Running, *arguments: str, at_once: bool = False) -> Any:
+    if not at_once:
+        settle(running.process)
     where = ["--url", running.url, "--content-type", running.content_type, "--bodies", str(_listed(running))]
     command = [sys.executable, "-m", "benchmarks.serving.client", *where, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +107,7 @@ class Running:
         ready_s: seconds from its start to its first ready answer.
         forward: precision and mode of its forward pass, as it says itself where it can.
         content_type, bodies: what is posted, and the files that hold it.
+        network: the model's name.
     """
 
     server: Server
@@ -116,6 +117,11 @@ class Running:
     forward: dict[str, str]
     content_type: str
     bodies: tuple[Path, ...]
+    network: str
+
+    def settled(self) -> bool:
+        """Whether its forward stays what it is now."""
+        return bool(_card(self.server, self.port, self.network)["settled"])
 
     @property
     def url(self) -> str:
@@ -165,8 +171,13 @@ def stop_cleanly() -> None:
 
 
 @contextmanager
-def running(server: Server, workload: Workload, precision: str) -> Iterator[Running]:
-    """The server, ready and settled; stopped with all its processes at the end."""
+def running(
+    server: Server, workload: Workload, precision: str, settings: Mapping[str, str] | None = None
+) -> Iterator[Running]:
+    """The server, ready and settled; stopped with all its processes at the end.
+
+    With settings, of oodgate beside those of the precision, it is only ready: it may still have to settle.
+    """
     with socket.create_server((HOST, 0)) as probe:
         port: int = probe.getsockname()[1]
     log = BUILD / "logs" / f"{workload.letter}-{server.name}-{precision}.log"
@@ -174,16 +185,17 @@ def running(server: Server, workload: Workload, precision: str) -> Iterator[Runn
     command = server.command(workload, port)  # a peer's environment is made here, before the clock starts
     content_type, bodies = posted(server, workload)
     started = time.monotonic()
+    environment = _environment(server, workload, precision, port) | dict(settings or {})
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=_environment(server, workload, precision, port), stdout=output, stderr=output
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
     root = psutil.Process(process.pid)
     try:
         _wait(lambda: _is_ready(port, server.ready), process, log)
         ready_s = time.monotonic() - started
-        forward = _forward(server, workload, precision, port, process, log)
-        yield Running(server, port, root, ready_s, forward, content_type, bodies)
+        if settings is None and not server.peer:
+            _wait(lambda: bool(_card(server, port, workload.network)["settled"]), process, log, SETTLE_S)
+        forward = _checked(_card(server, port, workload.network, precision), precision)
+        yield Running(server, port, root, ready_s, forward, content_type, bodies, workload.network)
     finally:
         _stop(process, root)
 
@@ -228,18 +240,16 @@ def passive() -> dict[str, str]:
     return os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(THREADS)}
 
 
-def _forward(
-    server: Server, workload: Workload, precision: str, port: int, process: subprocess.Popen[bytes], log: Path
-) -> dict[str, str]:
+def _card(server: Server, port: int, network: str, precision: str = "") -> dict[str, Any]:
+    """What the server says of its forward; of a peer, what it was asked for."""
     if server.peer:
-        return {"precision": precision, "mode": "eager"}
+        return {"precision": precision, "mode": "eager", "settled": True}
+    found: dict[str, Any] = json.loads(ask(port, "GET", f"/v1/models/{network}")[1])["forward"]
+    return found
 
-    def card() -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(ask(port, "GET", f"/v1/models/{workload.network}")[1])["forward"]
-        return found
 
-    _wait(lambda: bool(card()["settled"]), process, log, SETTLE_S)
-    forward = {name: str(card()[name]) for name in ("precision", "mode")}
+def _checked(card: Mapping[str, Any], precision: str) -> dict[str, str]:
+    forward = {name: str(card[name]) for name in ("precision", "mode")}
     if precision != "auto" and forward != {"precision": precision, "mode": "eager"}:
         raise RuntimeError(f"asked for {precision} eager, oodgate runs {forward}; see SETTINGS in {__name__}")
     return forward

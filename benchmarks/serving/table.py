@@ -7,8 +7,9 @@ python -m benchmarks.serving.table
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.readme import replaced
@@ -57,6 +58,9 @@ def section(folder: Path) -> str:
     growth = measured.experiment("growth", "A")
     if growth:
         parts += ["### Growth: A, fp32", _growth_table(growth)]
+    settling = {letter: found for letter in WORKLOADS if (found := measured.experiment("settling", letter))}
+    if settling:
+        parts += ["### While the compiled forward is made", _settling_table(settling)]
     return "\n\n".join(parts)
 
 
@@ -173,6 +177,29 @@ def _growth_table(runs: Sequence[dict[str, Any]]) -> str:
         found = [run["levels"][level] for run in runs]
         figures = [_spread((one[name] for one in found), 1) for name in ("images_per_s", "p99_ms", "resident_mb")]
         lines.append(f"| {level} | {' | '.join(figures)} | {sum(one['failed'] for one in found):.0f} |")
+    return "\n".join(lines)
+
+
+def _settling_table(by_workload: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    lines = [
+        "An open loop at half of what the eager forward carries, in float32: with the eager forward alone; from ready",
+        "until the compiled forward is in force, nothing having been compiled before; and then. Medians, and the worst",
+        "of the loads one after another.",
+        "",
+        "| workload | settled after, s | p50, ms: eager, meanwhile, settled "
+        "| p99, ms: eager, meanwhile (worst), settled | failed |",
+        "|---|---|---|---|---|",
+    ]
+    for letter, runs in by_workload.items():
+        loads = [[run["eager"], *run["meanwhile"], run["settled"]] for run in runs]
+        cells = [letter, _spread((run["settled_s"] for run in runs), 0)]
+        for figure in ("p50_ms", "p99_ms"):
+            meanwhile = [one[figure] for run in runs for one in run["meanwhile"]]
+            worst = f" ({max(meanwhile):,.1f})" if figure == "p99_ms" else ""
+            of_others = {name: _spread((run[name][figure] for run in runs), 1) for name in ("eager", "settled")}
+            cells.append(f"{of_others['eager']}, {median(meanwhile):,.1f}{worst}, {of_others['settled']}")
+        cells.append(f"{sum(one['failed'] for run in loads for one in run):.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -38,10 +39,12 @@ class Reservoir:
     def rows(self) -> State:
         """The rows kept, ordered by class, then id; empty where none was ever offered."""
         self._compact()
+        if self._chunks:
+            self._chunks = [_together(self._chunks)]
         return self._chunks[0] if self._chunks else {}
 
     def _bounded(self) -> Self:
-        if self.per_class is not None and self._pending() > max(self._kept, 256):
+        if self.per_class is not None and self._pending() > max(self._kept // 4, 256):
             self._compact()
         return self
 
@@ -51,10 +54,37 @@ class Reservoir:
     def _compact(self) -> None:
         if not self._chunks:
             return
-        together = {name: torch.cat([chunk[name] for chunk in self._chunks]) for name in self._chunks[0]}
-        kept = smallest_ids(together["ids"], together["labels"], self.per_class)
-        self._chunks = [{name: value[kept] for name, value in together.items()}]
+        kept = smallest_ids(*_of_all(self._chunks), self.per_class)
+        stays = torch.zeros(self._kept + self._pending(), dtype=torch.bool)
+        stays[kept] = True
+        parts = torch.split(stays, [len(chunk["ids"]) for chunk in self._chunks])
+        # Chunk by chunk: maps of an early layer take a gigabyte, which together they would for a while take thrice.
+        self._chunks = [
+            chunk if bool(part.all()) else {name: value[part] for name, value in chunk.items()}
+            for chunk, part in zip(self._chunks, parts, strict=True)
+            if bool(part.any())
+        ]
         self._kept = len(kept)
+
+
+def _of_all(chunks: Sequence[State]) -> tuple[Tensor, Tensor]:
+    ids, labels = (torch.cat([chunk[name] for chunk in chunks]) for name in ("ids", "labels"))
+    return ids, labels
+
+
+def _together(chunks: Sequence[State]) -> State:
+    """One chunk of all rows, ordered by class, then id."""
+    order = smallest_ids(*_of_all(chunks), None)
+    if len(chunks) == 1 and torch.equal(order, torch.arange(len(order))):
+        return chunks[0]
+    where = torch.empty_like(order)
+    where[order] = torch.arange(len(order))
+    parts = torch.split(where, [len(chunk["ids"]) for chunk in chunks])
+    together = {name: value.new_empty(len(order), *value.shape[1:]) for name, value in chunks[0].items()}
+    for chunk, part in zip(chunks, parts, strict=True):
+        for name, value in chunk.items():
+            together[name][part] = value
+    return together
 
 
 def smallest_ids(ids: Tensor, labels: Tensor, per_class: int | None) -> Tensor:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -335,6 +338,29 @@ def test_a_reservoir_that_others_are_merged_into_drops_what_it_will_not_keep() -
         whole.merge(Reservoir(7).add(torch.arange(start, start + 500), torch.arange(500) % 3))
     assert sum(len(chunk["ids"]) for chunk in whole._chunks) < 1_000
     assert whole.rows()["ids"].tolist() == [*range(0, 21, 3), *range(1, 21, 3), *range(2, 21, 3)]
+
+
+MEMORY_OF_A_RESERVOIR = """
+import resource, sys, torch
+from detector.scores.reservoir import Reservoir
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+generator, kept, floats = torch.Generator().manual_seed(0), 500, 50_000
+row_bytes, maps = kept * floats * 4, Reservoir(kept // 10)
+before = peak()
+for _ in range(200):
+    ids = torch.randint(0, 2**62, (50,), generator=generator)
+    maps.add(ids, torch.arange(50) % 10, early=torch.ones(50, floats))
+maps.rows()
+print((peak() - before) / row_bytes)
+"""
+
+
+def test_a_reservoir_takes_little_more_than_twice_what_it_keeps() -> None:
+    told = subprocess.run([sys.executable, "-c", MEMORY_OF_A_RESERVOIR], capture_output=True, text=True, check=True)
+    assert 1 < float(told.stdout) < 2.4  # 10,000 rows were offered, and 500 are kept
 
 
 def test_a_reservoir_keeps_the_smallest_ids_in_any_order() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from math import ceil
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import simplejpeg
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageOps, JpegImagePlugin
 
+from benchmarks.serving.workloads import squares
 from detector.errors import ImageError, TooManyBytes, TooManyPixels, UndecodableImage, UnsupportedImageFormat
 from detector.images import SMALL_BYTES, Limits, Pixels, Preprocessing, decode, image_ids, is_small, resize
 from tests.helpers import HUGE_PNG, encoded, photo
@@ -308,6 +310,19 @@ def test_a_damaged_file_called_small_announces_few_pixels(name: str, damage: lis
         pytest.fail("it announces more pixels than is_small read")
     except ImageError:
         pass
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+def test_simplejpeg_gives_the_same_pixels_of_real_photos_at_every_scale(scale: int) -> None:
+    for index, pixels in enumerate(squares("scenes-224-500.zip")[:40]):
+        large = Image.fromarray(pixels).resize((1203, 901), Image.Resampling.BICUBIC)
+        data = encoded(np.asarray(large), "JPEG", quality=90, progressive=bool(index % 2))
+        image = Image.open(io.BytesIO(data))
+        image.draft("RGB", (large.width // scale, large.height // scale))
+        assert image.size == (ceil(large.width / scale), ceil(large.height / scale))
+        scaled = simplejpeg.decode_jpeg(data, "RGB", min_width=image.width, min_height=image.height)
+        assert np.array_equal(scaled, np.asarray(image))
 
 
 @pytest.mark.parametrize("size", [(500, 375), (1280, 960), (2051, 1537)])

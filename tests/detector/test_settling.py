@@ -9,10 +9,12 @@ import select
 import shutil
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import chdir, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -24,9 +26,13 @@ from detector.compiled import CompiledForward
 from detector.compiling import libraries
 from detector.policy import DOUBT
 from detector.settling import ForwardState, Settling, compiler
-from tests.helpers import ROOT, toy_images
+from service.settings import Settings
+from tests.helpers import GOOD, ROOT, toy_images
+from tests.service.conftest import post, serving
+from tests.service.test_versions import wait_until
 
 PATIENCE_S = 600.0
+THREADS = torch.get_num_threads()
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (CXX, g++ or clang++)")
 
@@ -42,7 +48,8 @@ def settled(eager: Detector, toy_models: Path, tmp_path_factory: pytest.TempPath
     base = tmp_path_factory.mktemp("base")
     handed: list[Detector] = []
     with chdir(base):
-        settling = Settling(eager, toy_models / "toy" / "1", Path("state/compile"), handed.append, niceness=0)
+        model, kept = toy_models / "toy" / "1", Path("state/compile")
+        settling = Settling(eager, model, kept, handed.append, threads=THREADS, niceness=0)
         settling.start()
         assert settling.state == ForwardState("cpu", "fp32", "eager", settled=False)
         assert settling.wait(PATIENCE_S)
@@ -80,6 +87,38 @@ def test_compiled_answers_are_those_of_the_eager_forward(
     assert tolerance[DOUBT] > 0
     before, after = eager.scores(first), compiled.scores(second)
     assert all(np.abs(before[name] - after[name]).max() <= tolerance[name] for name in before)
+
+
+@needs_compiler
+def test_a_server_says_that_it_serves_eagerly_until_the_compiled_forward_is_in_force(
+    settled: tuple[Path, list[Detector]], toy_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proven, let_go, compiled = threading.Event(), threading.Event(), Settling._compiled
+
+    def held(self: Settling, detector: Detector) -> Detector:
+        found = compiled(self, detector)
+        proven.set()
+        assert let_go.wait(PATIENCE_S)
+        return found
+
+    monkeypatch.setattr(Settling, "_compiled", held)
+    own = Settings(models=toy_models, state_dir=settled[0].parent, compile="auto", torch_threads=THREADS)
+    with serving(own) as running:
+
+        def forward() -> dict[str, Any]:
+            found: dict[str, Any] = running.client.get("/v1/models/toy").json()["forward"]
+            return found
+
+        assert proven.wait(PATIENCE_S)
+        assert forward() == {"device": "cpu", "precision": "fp32", "mode": "eager", "settled": False}
+        before = post(running.client, GOOD).json()
+        let_go.set()
+        wait_until(lambda: forward()["settled"])
+        assert forward() == {"device": "cpu", "precision": "fp32", "mode": "compiled", "settled": True}
+        wait_until(lambda: running.context.registry.get("toy").detector.backbone.mode == "compiled")
+        after = post(running.client, GOOD).json()
+        assert after["decision"] == before["decision"]
+        assert after["prediction"]["label"] == before["prediction"]["label"]
 
 
 @needs_compiler

@@ -25,7 +25,7 @@ from detector.policy import Verdict
 from service.engine import Engine
 from service.errors import DeadlinePassed, EngineLost, NotReady, QueueFull, ScoringFailed
 from service.served import Answer, ServedModel
-from tests.helpers import toy_images
+from tests.helpers import EMBEDDED, toy_images, toy_model
 
 
 class Gate:
@@ -388,9 +388,19 @@ def test_the_inference_thread_has_the_threads_of_the_settings() -> None:
     run(body, threads=3)
 
 
-def test_the_company_of_an_image_moves_its_score_by_no_more_than_the_tolerance(toy: Path) -> None:
-    detector = Detector.load(toy, device="cpu")
-    model, tolerance = ServedModel(detector, detector.decider), detector.manifest.score_tolerance["fp32"]
+@pytest.fixture(scope="module")
+def of_both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model, calibrated in both precisions."""
+    path = tmp_path_factory.mktemp("both") / "toy" / "1"
+    toy_model(path, precisions=("fp32", "bf16"))
+    return path
+
+
+@pytest.mark.parametrize("which", ["toy fp32", "toy bf16", "embedded fp32"])
+def test_the_company_of_an_image_moves_its_score_by_no_more_than_the_tolerance(of_both: Path, which: str) -> None:
+    path, precision = EMBEDDED if which.startswith("embedded") else of_both, which.split()[1]
+    detector = Detector.load(path, device="cpu", precision=cast(Any, precision))
+    model, tolerance = ServedModel(detector, detector.decider), detector.manifest.score_tolerance[precision]
     noise = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
     images = np.concatenate([toy_images(24, seed=70)[0], noise])
 
@@ -464,6 +474,23 @@ def test_a_window_waits_for_a_fuller_batch_and_no_longer_than_it_says() -> None:
         assert 0.2 <= alone.timing.queue <= time.monotonic() - started
 
     run(body, window_s=0.2)
+
+
+def test_the_window_of_an_image_that_waited_for_the_device_is_over() -> None:
+    gate = Gate(is_open=False)
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        full = [asyncio.create_task(engine.judge(model, image(i), soon())) for i in range(4)]
+        assert await asyncio.to_thread(gate.entered.wait, 20)
+        late = asyncio.create_task(engine.judge(model, image(9), soon(60)))
+        await asyncio.sleep(0)
+        engine._waiting[0].enqueued -= engine.window_s  # it came so much earlier
+        gate.opened.set()
+        await asyncio.wait_for(asyncio.gather(*full, late), engine.window_s / 2)
+        assert gate.batches == [[0, 1, 2, 3], [9]]
+
+    run(body, window_s=40.0)
 
 
 def test_shadows_are_scored_in_their_share_of_the_batches() -> None:
