@@ -32,7 +32,8 @@ from detector.evaluation import auroc
 from detector.features import collect
 from detector.images import Preprocessing
 from detector.networks import CIFAR_PREPROCESSING, IMAGENET_PREPROCESSING
-from detector.scores import FitOptions, Fusion, score_all
+from detector.outputs import Outputs
+from detector.scores import FitOptions, Fusion, registry, score_all
 from tests.helpers import TOY_CLASSES, photo, toy_dataset, toy_images, toy_network
 
 IMAGES = {"resnet20": 200, "resnet56": 200, "densenet_cifar10": 100, "densenet_cifar100": 100, "mobilenet_v2": 50}
@@ -143,6 +144,15 @@ def test_larger_means_more_ood_in_every_rival(parameters: dict[str, dict[str, ob
         assert np.isfinite(values["ood"]).all()
         if name in SEPARATING:
             assert auroc(values["known"], values["ood"]) > 0.95, name
+
+
+def test_gradnorm_is_the_librarys_but_for_the_number_of_classes() -> None:
+    pytest.importorskip("pytorch_ood")
+    head, h = nn.Linear(32, 10), torch.randn(200, 32).relu()
+    theirs = rivals.installed().GradNorm(head, param_filter=lambda name: name == "weight").predict(h)
+    with torch.no_grad():
+        ours = registry()["gradnorm"](FitOptions(num_classes=10)).score(Outputs(logits=head(h), penultimate=h))
+    assert torch.allclose(ours.float(), 10 * theirs.detach(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("per_pixel", [True, False], ids=["aligned", "defaults"])

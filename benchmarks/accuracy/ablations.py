@@ -3,7 +3,8 @@
 
     python -m benchmarks.accuracy.ablations --network resnet20
 
-Writes benchmarks/accuracy/results/ablations-NETWORK.json. Ablations describe; they do not select.
+Writes benchmarks/accuracy/results/ablations-NETWORK.json. Rows of the development networks were in view when the first
+constants were frozen; those of other networks describe and select nothing.
 """
 
 from __future__ import annotations

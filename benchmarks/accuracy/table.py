@@ -349,8 +349,9 @@ def _ablations() -> str:
     results = [_read(path.name) for path in sorted(RESULTS.glob("ablations-*.json"))]
     head = " | ".join(f"{result['network']} near | {result['network']} far" for result in results)
     lines = [
-        "Near and far mean AUROC in per cent on the development networks and on ours, one part away at a time. These",
-        "rows describe; they did not select.",
+        "Near and far mean AUROC in per cent on the development networks and on ours, one part away at a time. Rows of",
+        "the development networks were in view when the first constants were frozen; those of ours came afterwards and",
+        "selected nothing. `python -m benchmarks.accuracy.ablations --network NAME`",
         "",
         f"| variant | {head} |",
         "|---|" + "---:|---:|" * len(results),

@@ -28,7 +28,8 @@ from detector.policy import DOUBT
 from detector.settling import ForwardState, Settling, compiler
 from service.settings import Settings
 from tests.helpers import GOOD, ROOT, toy_images
-from tests.service.conftest import post, serving
+from tests.service.conftest import serving
+from tests.service.test_verdict import post
 from tests.service.test_versions import wait_until
 
 PATIENCE_S = 600.0
