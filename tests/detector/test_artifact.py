@@ -6,13 +6,14 @@ import json
 import math
 import re
 import shutil
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from detector import Detector, artifact as artifacts
+from detector import Detector, artifact as artifacts, golden
 from detector.artifact import CALIBRATION, GOLDEN, MANIFEST, REPORT, SCORES, SPLITS, WEIGHTS
 from detector.errors import (
     ArtifactCorrupt,
@@ -233,10 +234,28 @@ def test_the_digest_covers_what_influences_a_verdict(toy: Path) -> None:
     assert manifest.model_copy(update={"created": "2001-01-01"}).digest() == manifest.digest()
 
 
+@pytest.mark.parametrize("which", ["toy", "embedded"])
+def test_golden_inputs_of_both_decisions_are_found(toy: Path, which: str) -> None:
+    detector = Detector.load(toy if which == "toy" else EMBEDDED, device="cpu", precision="fp32")
+    deferred = golden.expected(detector, golden.choose([detector]))["fp32.deferred"]
+    assert deferred.tolist() == [False] * 4 + [True] * 4
+
+
+def test_a_decision_without_a_golden_input_is_told(
+    toy: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = Detector.load(toy, device="cpu")
+    monkeypatch.setattr(golden, "BRED", 0)
+    monkeypatch.setattr(golden, "_blobs", lambda height, width, seed: repeat(np.zeros((height, width, 3), np.uint8)))
+    images = golden.choose([detector])
+    assert len(set(golden.expected(detector, images)["fp32.deferred"].tolist())) == 1
+    assert "no golden input is accepted" in caplog.text
+
+
 def test_golden_inputs_are_nobodys_images(toy: Path) -> None:
-    golden = artifacts.load(toy).golden["images"].numpy()
+    chosen = artifacts.load(toy).golden["images"].numpy()
     images, _ = toy_images(300, seed=2)
-    assert np.abs(golden[:, None].astype(int) - images[None].astype(int)).mean(axis=(2, 3, 4)).min() > 5
+    assert np.abs(chosen[:, None].astype(int) - images[None].astype(int)).mean(axis=(2, 3, 4)).min() > 5
 
 
 def test_a_precision_that_was_never_calibrated_is_refused(toy: Path) -> None:
