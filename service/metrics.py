@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 
 from detector import __version__
 from detector.artifact import Manifest
+from detector.backbone import Mode, Precision
 from detector.policy import Decider, Decision, Reason, Verdict
 from service.drift import DriftStatus
 from service.histograms import BatchedHistogram, Series
@@ -149,6 +150,9 @@ class Metrics:
         self.model_info = gauge(
             "model_info", "1; the labels tell the model.", (*MODEL, "score", "network", "digest", "device", "precision")
         )
+        self.forward_compiled = gauge(
+            "forward_compiled", "1 while the compiled forward is in force, 0 while the eager one is.", MODEL
+        )
         self.model_loads = counter("model_loads", "Attempts to load a model.", ("result",))
         self.build_info = gauge("build_info", "1; the label tells the release.", ("version",))
 
@@ -207,8 +211,8 @@ class Metrics:
         self.heartbeat.set_function(heartbeat)
         self.queue_capacity.set(capacity)
 
-    def announce(self, manifest: Manifest, decider: Decider, device: str, precision: str) -> None:
-        """Show a model that became ready, with all its series."""
+    def announce(self, manifest: Manifest, decider: Decider, device: str, precision: Precision, mode: Mode) -> None:
+        """Show a model that became ready, or whose forward changed, with all its series."""
         score = decider.policy.score_name
         model = (manifest.name, manifest.version)
         cuts = decider.thresholds
@@ -223,6 +227,7 @@ class Metrics:
             (self.acceptance_upper, (*model, score), high),
             (self.calibrated, (*model, score), manifest.calibration.timestamp),
             (self.model_ready, model, 1),
+            (self.forward_compiled, model, mode == "compiled"),
             (self.model_info, (*model, score, network, digest, device, precision), 1),
         ):
             gauge.labels(*labels).set(value)

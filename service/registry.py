@@ -335,7 +335,7 @@ class Registry:
     def _serve(self, model: ServedModel) -> None:
         manifest, backbone = model.detector.manifest, model.detector.backbone
         self._metrics.retire(manifest.name)
-        self._metrics.announce(manifest, model.decider, str(backbone.device), backbone.precision)
+        self._metrics.announce(manifest, model.decider, str(backbone.device), backbone.precision, backbone.mode)
         self._watch.begin(model)
         self._models = self._models | {manifest.name: model}
 

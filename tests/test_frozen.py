@@ -23,10 +23,12 @@ from detector.scores import (
     Grood,
     boundary,
     fusion,
+    gaia,
     gaussian,
     gradient_norm,
     grood,
     logit,
+    lowdim,
     nac,
     nearest,
     rectified,
@@ -67,6 +69,11 @@ def test_the_code_holds_the_frozen_constants() -> None:
     for name in ("grood_noise", "grood_margin_noise"):
         assert frozen["second"]["generator"] == registry()[name].generator  # type: ignore[attr-defined]
     assert frozen["policy"]["decider"] == fitting.default_decider(tuned=True)
+    afterwards = frozen["afterwards"]
+    assert afterwards["gaia_fewest_zeros"] == gaia.FEWEST_ZEROS
+    assert (afterwards["lowdim_directions"], afterwards["lowdim_neighbours"]) == (lowdim.COLUMNS, lowdim.NEIGHBOURS)
+    probe = (lowdim.EPOCHS, lowdim.BATCH, lowdim.RATE, lowdim.MOMENTUM, lowdim.DECAY)
+    assert tuple(afterwards["lowdim_probe"].values()) == probe
     changed, embedded = frozen["changed"]["default_model"], read_manifest(EMBEDDED)
     assert changed["decider"] == embedded.policy.score_name
     assert changed["bank_size"] == embedded.fit.bank_size

@@ -33,6 +33,7 @@ from detector.features import fit_scores
 from detector.fitting import Network, check_class_order
 from detector.images import Pixels, image_ids
 from detector.networks import CIFAR_PREPROCESSING
+from detector.outputs import Outputs
 from detector.policy import Policy
 from detector.scores import FitOptions, Fusion, FusionImage, FusionLean
 from detector.scores.grood import noise_prototype
@@ -315,6 +316,21 @@ def test_calibrating_moves_the_promise_to_other_images(toy: Path, tmp_path: Path
     after = np.mean([v.decision == "accept" for v in Detector.load(out).verdicts(fresh)])
     assert abs(after - 0.9) < 0.05
     assert abs(after - 0.9) < abs(before - 0.9)
+
+
+def test_calibration_images_are_scored_in_batches_as_a_server_cuts_them(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, outputs = list[int](), Backbone.outputs
+
+    def counted(self: Backbone, images: torch.Tensor, **options: bool) -> Outputs:
+        sizes.append(len(images))
+        return outputs(self, images, **options)
+
+    monkeypatch.setattr(Backbone, "outputs", counted)
+    images, _ = toy_images(128, seed=41)
+    calibrate(toy, ArrayDataset(images, None, CIFAR_PREPROCESSING), tmp_path / "toy" / "2", check=None)
+    assert sizes[:14] == [32, 16, 8, 4, 2, 1, 1] * 2
 
 
 def test_calibrating_by_groups_counts_groups(toy: Path, tmp_path: Path) -> None:

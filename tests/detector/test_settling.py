@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import chdir, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from detector import Detector, artifact as artifacts
 from detector.compiled import CompiledForward
 from detector.compiling import libraries
 from detector.policy import DOUBT
-from detector.settling import ForwardState, Settling, compiler
+from detector.settling import ForwardState, Settling, compiler, share_of_time
 from service.settings import Settings
 from tests.helpers import GOOD, ROOT, toy_images
 from tests.service.conftest import serving
@@ -41,6 +43,14 @@ needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler 
 @pytest.fixture(scope="module")
 def eager(toy_models: Path) -> Detector:
     return Detector.load(toy_models / "toy" / "1", device="cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_race() -> Iterator[None]:
+    """Which forward is the faster one here is nothing that a test could know."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("detector.settling.share_of_time", lambda *_: 0.9)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +98,37 @@ def test_compiled_answers_are_those_of_the_eager_forward(
     assert tolerance[DOUBT] > 0
     before, after = eager.scores(first), compiled.scores(second)
     assert all(np.abs(before[name] - after[name]).max() <= tolerance[name] for name in before)
+
+
+@needs_compiler
+def test_a_compiled_forward_that_is_slower_is_left_alone(
+    settled: tuple[Path, list[Detector]],
+    eager: Detector,
+    toy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("detector.settling.share_of_time", lambda *_: 1.25)
+    with caplog.at_level(logging.INFO):
+        state, handed = settle(eager, toy, settled[0])
+    assert (state, handed) == (ForwardState("cpu", "fp32", "eager", settled=True), [])
+    assert "the forward stays eager: compiled it takes 1.25 times as long" in caplog.text
+
+
+@pytest.mark.parametrize(("one", "many", "share"), [(2.0, 0.5, 1.0), (1.0, 0.25, 0.5), (1.21, 1.0, 1.1)])
+def test_the_share_of_time_is_of_one_image_and_of_many(
+    one: float, many: float, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def taking(of_one: float, of_many: float) -> Any:
+        def outputs(images: torch.Tensor) -> None:
+            now[0] += of_one if len(images) == 1 else of_many * len(images)
+
+        return SimpleNamespace(outputs=outputs, backbone=SimpleNamespace(input_shape=(2, 2, 3)))
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    assert share_of_time(taking(one, many), taking(1.0, 1.0)) == pytest.approx(share)
 
 
 @needs_compiler
