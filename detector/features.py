@@ -142,6 +142,7 @@ def gather(
         parts, ids = gather_shard(kinds, options, shard)
         for name, part in parts.items():
             gatherers[name].merge(part)
+        del parts, part  # sums of large maps, which would stand beside those of the next shard
         yield ids
 
 

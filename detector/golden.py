@@ -63,8 +63,8 @@ def choose(detectors: list[Detector]) -> Tensor:
         images = np.stack(list(islice(blobs, STRETCH))) if turn < DRAWN else _children(nearest, generator)
         deferred, clear, above = _judged(first, images)
         for side, chosen in kept.items():
-            candidates = images[clear & (deferred == side)][: KEPT - len(chosen)]
-            chosen.extend(_judged_alike(others, candidates, side))
+            if missing := KEPT - len(chosen):
+                chosen.extend(_judged_alike(others, images[clear & (deferred == side)], side)[:missing])
         if all(len(chosen) == KEPT for chosen in kept.values()):
             break
         together, excess = np.concatenate([nearest, images]), np.concatenate([excess, above])

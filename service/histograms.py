@@ -73,7 +73,8 @@ class BatchedHistogram(Collector):
         """
         if len(values) != len(self._label_names):
             raise ValueError(f"{self._name} has the labels {', '.join(self._label_names)}, not {len(values)} values")
-        return self._series.setdefault(values, Series(self._bounds))
+        found = self._series.get(values)
+        return found or self._series.setdefault(values, Series(self._bounds))
 
     def observe(self, value: float) -> None:
         """Count a value of a histogram without labels."""

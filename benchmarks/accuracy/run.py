@@ -50,8 +50,11 @@ def main() -> None:
     parser.add_argument("--lowdim-parameters", nargs="*", default=(), help="prefixes; default: all parameters")
     parser.add_argument("--early-layer", help="where the mix-up resumes from; default: the first stage")
     parser.add_argument("--out", help="name of the result; default: the network's")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the embedded network")
     args = parser.parse_args()
-    subject = subjects.subject(args.network, args.limit, args.train or args.limit)
+    if args.early_layer and not args.out:
+        parser.error("--early-layer needs --out: the network's own result has the frozen layer")
+    subject = subjects.subject(args.network, args.limit, args.train or args.limit, args.precision)
     backbone, sets = subject.backbone, subject.sets
     backbone.early = args.early_layer or backbone.early
     names = (*args.scores, *(ONE_PASS if args.backward else ()))
@@ -60,7 +63,9 @@ def main() -> None:
     scores, refused = _fitted(names, backbone, sets, options)
     result = described(args.network, subject, options, refused)
     if args.early_layer:
-        result |= {"early_layer": backbone.early} | measure(scores, backbone, sets, ours=("grood",))
+        result |= {"early_layer": backbone.early} | measure(
+            scores, backbone, sets, ours=("grood",), rivals=(*RIVALS, "grood_norm")
+        )
     else:
         result |= measure(scores, backbone, sets)
     result["seconds"] = round(time.monotonic() - started)

@@ -87,7 +87,7 @@ freezes before made us look, and the OOD sets are the same, so every row is mark
 
 
 AUTHORS = """`grood` and its norm with the OOD prototype mixed at `layer3`, λ = 0.5: the default of the code that its
-authors merged into OpenOOD, whose sweep has `layer1` too. The frozen `grood` mixes at the first stage. The layer was
+authors merged into OpenOOD; its sweep has `layer1` alone. The frozen `grood` mixes at the first stage. The layer was
 taken from that code after the results of these networks were known, so the rows are marked.
 """
 
@@ -206,10 +206,11 @@ def _command(name: str, result: Mapping[str, Any]) -> str:
     """The command that measures a result again, from what the result says of itself."""
     words = ["python -m benchmarks.accuracy.run", "--network", result["network"]]
     tried = [*result["scores"], *result["refused"]]
-    if name != result["network"]:
-        words += ["--scores", *(score for score in tried if score not in ONE_PASS)]
-        words += ["--backward"] if any(score in ONE_PASS for score in tried) else []
-    if len(set(result["ood_images"].values())) == 1:  # so many of each set
+    words += ["--scores", *(score for score in tried if score not in ONE_PASS)]
+    words += ["--backward"] if any(score in ONE_PASS for score in tried) else []
+    if result["network"] == "embedded":
+        words += ["--precision", result.get("precision", "bf16")]
+    if {result["images"]["test"]} == set(result["ood_images"].values()):  # so many of each set
         words += ["--limit", str(result["images"]["test"]), "--train", str(result["images"]["train"])]
     if result.get("lowdim_parameters"):
         words += ["--lowdim-parameters", *result["lowdim_parameters"]]

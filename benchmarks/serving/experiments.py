@@ -100,6 +100,8 @@ def settling(workload: Workload, server: str, precision: str, seconds: float) ->
             while not live.settled() and len(meanwhile) < MOST_LOADS:
                 meanwhile.append(load.open_loop(live, rate, sent_for, len(meanwhile), at_once=True))
             took = time.monotonic() - began
+            if not meanwhile or not live.settled() or live.mode() != "compiled":
+                raise RuntimeError(f"no compiled forward took over, {took:.0f} s after the server was ready")
             settled = load.open_loop(live, rate, sent_for, 0)
     return {"rate": rate, "eager": eager, "meanwhile": meanwhile, "settled_s": took, "settled": settled}
 

@@ -73,12 +73,12 @@ class Measured:
 
         A figure is None where a run did not measure it.
         """
-        found = [(run, figure(run)) for run in self.of(workload, "oodgate", asked[0])]
+        found = [(run, figure(run)) for run in self.of(workload, "oodgate", asked[0])]  # infinite where requests failed
         ours = {run["repeat"]: value for run, value in found if value is not None}
         theirs: dict[int, list[float]] = {}
         for peer in peers:
             for run in self.of(workload, peer, asked[1]):
-                if (value := figure(run)) is not None:
+                if (value := figure(run)) is not None and isfinite(value):
                     theirs.setdefault(run["repeat"], []).append(value)
         return tuple(ours[repeat] / best(theirs[repeat]) for repeat in sorted(ours.keys() & theirs.keys()))
 
@@ -93,11 +93,7 @@ def closed(concurrency: int, figure: str) -> Callable[[Run], float]:
 
 
 def _tail(load: str) -> Callable[[Run], float | None]:
-    def tail(run: Run) -> float | None:
-        p99 = float(run["open"][load]["p99_ms"]) if load in run["open"] else None
-        return p99 if p99 is not None and isfinite(p99) else None  # infinite where requests failed
-
-    return tail
+    return lambda run: float(run["open"][load]["p99_ms"]) if load in run["open"] else None
 
 
 def goals(measured: Measured) -> list[Goal]:

@@ -123,6 +123,10 @@ class Running:
         """Whether its forward stays what it is now."""
         return bool(_card(self.server, self.port, self.network)["settled"])
 
+    def mode(self) -> str:
+        """The mode of the forward that is in force now."""
+        return str(_card(self.server, self.port, self.network)["mode"])
+
     @property
     def url(self) -> str:
         return f"http://{HOST}:{self.port}{self.server.path}"

@@ -40,7 +40,8 @@ class Reservoir:
         """The rows kept, ordered by class, then id; empty where none was ever offered."""
         self._compact()
         if self._chunks:
-            self._chunks = [_together(self._chunks)]
+            chunks, self._chunks = self._chunks, []
+            self._chunks = [_together(chunks)]
         return self._chunks[0] if self._chunks else {}
 
     def _bounded(self) -> Self:
@@ -59,12 +60,13 @@ class Reservoir:
         stays[kept] = True
         parts = torch.split(stays, [len(chunk["ids"]) for chunk in self._chunks])
         # Chunk by chunk: maps of an early layer take a gigabyte, which together they would for a while take thrice.
-        self._chunks = [
-            chunk if bool(part.all()) else {name: value[part] for name, value in chunk.items()}
-            for chunk, part in zip(self._chunks, parts, strict=True)
-            if bool(part.any())
-        ]
-        self._kept = len(kept)
+        before, self._chunks, self._kept = self._chunks[::-1], [], len(kept)
+        for part in parts:
+            chunk = before.pop()
+            if bool(part.all()):
+                self._chunks.append(chunk)
+            elif bool(part.any()):
+                self._chunks.append({name: value[part] for name, value in chunk.items()})
 
 
 def _of_all(chunks: Sequence[State]) -> tuple[Tensor, Tensor]:
@@ -72,8 +74,8 @@ def _of_all(chunks: Sequence[State]) -> tuple[Tensor, Tensor]:
     return ids, labels
 
 
-def _together(chunks: Sequence[State]) -> State:
-    """One chunk of all rows, ordered by class, then id."""
+def _together(chunks: list[State]) -> State:
+    """One chunk of all rows, ordered by class, then id; the list is used up, so that each chunk is freed."""
     order = smallest_ids(*_of_all(chunks), None)
     if len(chunks) == 1 and torch.equal(order, torch.arange(len(order))):
         return chunks[0]
@@ -81,8 +83,8 @@ def _together(chunks: Sequence[State]) -> State:
     where[order] = torch.arange(len(order))
     parts = torch.split(where, [len(chunk["ids"]) for chunk in chunks])
     together = {name: value.new_empty(len(order), *value.shape[1:]) for name, value in chunks[0].items()}
-    for chunk, part in zip(chunks, parts, strict=True):
-        for name, value in chunk.items():
+    for part in reversed(parts):
+        for name, value in chunks.pop().items():
             together[name][part] = value
     return together
 

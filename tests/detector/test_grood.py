@@ -341,16 +341,17 @@ def test_a_reservoir_that_others_are_merged_into_drops_what_it_will_not_keep() -
 
 
 MEMORY_OF_A_RESERVOIR = """
-import resource, sys, torch
+import torch
 from detector.scores.reservoir import Reservoir
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # getrusage would tell the parent's
+    lines = open("/proc/self/status").read().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
-generator, kept, floats = torch.Generator().manual_seed(0), 500, 50_000
+generator, kept, floats = torch.Generator().manual_seed(0), 500, 175_000
 row_bytes, maps = kept * floats * 4, Reservoir(kept // 10)
 before = peak()
-for _ in range(200):
+for _ in range(60):
     ids = torch.randint(0, 2**62, (50,), generator=generator)
     maps.add(ids, torch.arange(50) % 10, early=torch.ones(50, floats))
 maps.rows()
@@ -358,9 +359,10 @@ print((peak() - before) / row_bytes)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_reservoir_takes_little_more_than_twice_what_it_keeps() -> None:
     told = subprocess.run([sys.executable, "-c", MEMORY_OF_A_RESERVOIR], capture_output=True, text=True, check=True)
-    assert 1 < float(told.stdout) < 2.4  # 10,000 rows were offered, and 500 are kept
+    assert 1 < float(told.stdout) < 2.4  # 3,000 rows were offered, and 500 are kept
 
 
 def test_a_reservoir_keeps_the_smallest_ids_in_any_order() -> None:

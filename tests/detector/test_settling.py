@@ -151,10 +151,12 @@ def test_a_server_says_that_it_serves_eagerly_until_the_compiled_forward_is_in_f
             found: dict[str, Any] = running.client.get("/v1/models/toy").json()["forward"]
             return found
 
-        assert proven.wait(PATIENCE_S)
-        assert forward() == {"device": "cpu", "precision": "fp32", "mode": "eager", "settled": False}
-        before = post(running.client, GOOD).json()
-        let_go.set()
+        try:
+            assert proven.wait(PATIENCE_S)
+            assert forward() == {"device": "cpu", "precision": "fp32", "mode": "eager", "settled": False}
+            before = post(running.client, GOOD).json()
+        finally:
+            let_go.set()
         wait_until(lambda: forward()["settled"])
         assert forward() == {"device": "cpu", "precision": "fp32", "mode": "compiled", "settled": True}
         wait_until(lambda: running.context.registry.get("toy").detector.backbone.mode == "compiled")
