@@ -33,6 +33,7 @@ from PIL import Image, features
 
 from benchmarks.datasets import data_dir
 from benchmarks.readme import replaced
+from benchmarks.serving.results import processor
 from detector.errors import ImageError
 from detector.images import SMALL_BYTES, Pixels, Preprocessing, decode, is_small, resize
 from detector.networks import CIFAR_PREPROCESSING
@@ -220,7 +221,8 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"| {name} | {_text(row)} |" for name, row in result["small"].items()]
     lines += [f"| {USUAL}, from the event loop, {way} | {_text(row)} |" for way, row in result["hop"].items()]
     named = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    return "\n".join([*lines, "", f"{named}; {result['cores']} cores, load {result['load']:.0f} while measuring."])
+    where = f"{result['processor']}, {result['cores']} cores, load {result['load']:.0f} while measuring"
+    return "\n".join([*lines, "", f"{named}; {where}."])
 
 
 def _text(row: Spread) -> str:
@@ -240,6 +242,7 @@ def main() -> None:
             **libraries,
             "Pillow's libjpeg-turbo": features.version("libjpeg_turbo"),
         },
+        "processor": processor(),
         "cores": os.cpu_count(),
         "rounds": ROUNDS,
         "alone": alone,

@@ -33,7 +33,7 @@ from detector.errors import BackboneError, OodgateError
 
 log = logging.getLogger(__name__)
 
-ROUNDS = 5
+ROUNDS, WORTHWHILE = 9, 0.95  # share of the eager forward's time; the weights stand in memory three times more
 LIMIT_S = 7200.0  # on a busy machine the compiling process gets what is left; past this it is given up
 
 
@@ -119,7 +119,7 @@ class Settling:
             if self._closed:
                 return
             share = share_of_time(detector, eager)
-            if share >= 1:
+            if share > WORTHWHILE:
                 log.info("the forward stays eager: compiled it takes %.2f times as long", share, extra=told)
                 return
             hand_over(detector)

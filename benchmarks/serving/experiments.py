@@ -86,7 +86,7 @@ def verdict(workload: Workload, server: str, precision: str, seconds: float) -> 
 
 
 def settling(workload: Workload, server: str, precision: str, seconds: float) -> dict[str, Any]:
-    """Latency at half load with the eager forward alone, while the compiled one is made and handed over, and after."""
+    """Latency at half load with the eager forward alone, while the compiled one is made and tried, and after."""
     with running(SERVERS[server], workload, precision) as live:
         load.closed(live, SATURATED, WARM_S)
         rate = HALF * load.closed(live, SATURATED, seconds)["images_per_s"]
@@ -100,10 +100,12 @@ def settling(workload: Workload, server: str, precision: str, seconds: float) ->
             while not live.settled() and len(meanwhile) < MOST_LOADS:
                 meanwhile.append(load.open_loop(live, rate, sent_for, len(meanwhile), at_once=True))
             took = time.monotonic() - began
-            if not meanwhile or not live.settled() or live.mode() != "compiled":
-                raise RuntimeError(f"no compiled forward took over, {took:.0f} s after the server was ready")
+            if not meanwhile or not live.settled():
+                raise RuntimeError(f"{took:.0f} s after it was ready the forward had not settled, or it had at once")
+            mode = live.mode()
             settled = load.open_loop(live, rate, sent_for, 0)
-    return {"rate": rate, "eager": eager, "meanwhile": meanwhile, "settled_s": took, "settled": settled}
+    times = {"eager": eager, "meanwhile": meanwhile, "settled": settled}
+    return {"rate": rate, "settled_s": took, "mode": mode, **times}
 
 
 KINDS = {"settling": settling, "burst": burst, "neighbour": neighbour, "growth": growth, "verdict": verdict}

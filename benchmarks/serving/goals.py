@@ -44,9 +44,11 @@ class Measured:
         runs: dict[str, Sequence[Run]],
         experiments: Sequence[dict[str, Any]],
         start_up: Mapping[str, Sequence[float]] | None = None,
+        decoding: Mapping[str, Any] | None = None,
     ) -> None:
         self._runs, self._experiments = runs, experiments
         self.start_up = start_up or {}  # of the default model's server, alone
+        self.decoding = decoding or {}  # by file, of one thread
 
     def of(self, workload: str, server: str, asked: str) -> list[Run]:
         """The runs of a server, by repeat."""
@@ -98,7 +100,8 @@ def _tail(load: str) -> Callable[[Run], float | None]:
 
 def goals(measured: Measured) -> list[Goal]:
     """All goals in the order of the issue that set them."""
-    return [*_against_limit(measured), *_against_peers(measured), *_alone(measured), *_experiments(measured)]
+    found = [*_against_limit(measured), *_against_peers(measured), *_alone(measured), *_experiments(measured)]
+    return [*found, *_decoding(measured)]
 
 
 def _each(runs: Iterable[Run], figure: Callable[[Run], float]) -> tuple[float, ...]:
@@ -154,6 +157,17 @@ def _alone(measured: Measured) -> list[Goal]:
         ("seconds_to_ready", "import to ready, s", 5, 1),
     ):
         rows.append(Goal(f"default model alone: {what}", None, most, tuple(measured.start_up.get(key, ())), digits))
+    return rows
+
+
+def _decoding(measured: Measured) -> list[Goal]:
+    rows = []
+    for kind, least in (("baseline", 4.0), ("progressive", 1.8)):
+        for name, row in measured.decoding.items():
+            if name.startswith(f"12 megapixels, {kind}"):
+                speed = row["speed"]["oodgate"]
+                what = f"JPEG of {name}: speed ÷ full decode and resize"
+                rows.append(Goal(what, least, None, (speed["min"], speed["median"], speed["max"])))
     return rows
 
 

@@ -20,6 +20,7 @@ from benchmarks.serving.servers import PEERS as PEER_NAMES, SERVERS
 from benchmarks.serving.workloads import ROOT, WORKLOADS
 
 START_UP = ROOT / "benchmarks" / "results" / "start_up.json"
+DECODING = START_UP.with_name("decode.json")
 PAGE, MARKER = ROOT / "docs" / "performance.md", "serving"
 EMPTY = f"## Serving\n\n<!-- {MARKER} -->\n<!-- /{MARKER} -->\n"
 PEERS = """\
@@ -45,7 +46,8 @@ def section(folder: Path) -> str:
     if not stored:
         raise FileNotFoundError(f"{folder} holds no result; run `python -m benchmarks.serving.run` first")
     alone = json.loads(START_UP.read_text())
-    measured = Measured({letter: result["runs"] for letter, result in stored.items()}, found, alone)
+    decoding = json.loads(DECODING.read_text())["alone"]
+    measured = Measured({letter: result["runs"] for letter, result in stored.items()}, found, alone, decoding)
     first = next(iter(stored.values()))
     parts = [_context(first), PEERS, "### Goals", _goal_table(goals(measured))]
     for letter, result in stored.items():
@@ -183,16 +185,16 @@ def _growth_table(runs: Sequence[dict[str, Any]]) -> str:
 def _settling_table(by_workload: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     lines = [
         "An open loop at half of what the eager forward carries, in float32: with the eager forward alone; from ready",
-        "until the compiled forward is in force, nothing having been compiled before; and then. Medians, and the worst",
-        "of the loads one after another.",
+        "until the forward has settled, nothing having been compiled before; and then. Medians, and the worst of the",
+        "loads one after another.",
         "",
-        "| workload | settled after, s | p50, ms: eager, meanwhile, settled "
+        "| workload | settled after, s | on | p50, ms: eager, meanwhile, settled "
         "| p99, ms: eager, meanwhile (worst), settled | failed |",
-        "|---|---|---|---|---|",
+        "|---|---|---|---|---|---|",
     ]
     for letter, runs in by_workload.items():
         loads = [[run["eager"], *run["meanwhile"], run["settled"]] for run in runs]
-        cells = [letter, _spread((run["settled_s"] for run in runs), 0)]
+        cells = [letter, _spread((run["settled_s"] for run in runs), 0), ", ".join(run["mode"] for run in runs)]
         for figure in ("p50_ms", "p99_ms"):
             meanwhile = [one[figure] for run in runs for one in run["meanwhile"]]
             worst = f" ({max(meanwhile):,.1f})" if figure == "p99_ms" else ""
