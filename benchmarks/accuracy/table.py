@@ -30,7 +30,7 @@ DEVELOPMENT = ("resnet20", "resnet56")
 SAMPLED = tuple(
     f"{name}-{kind}" for name in (*CONFIRMATION, *DEVELOPMENT) for kind in ("backward", "lowdim", "lowdim_average")
 )
-PRODUCTS = ("embedded-products", "resnet20-products")
+PRODUCTS = tuple(f"{name}-products" for name in ("embedded", "densenet_cifar10", "densenet_cifar100", "resnet20"))
 LAYER = ("embedded-layer3", "wide-layer3")  # where the authors' merged code mixes
 ONE_PASS = ("gaia_a", "gaia_z", "nac")
 SETS_APART = ("msp", "knn", "vim")  # whose published values tell how far our OOD sets are from the published ones

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from detector.backbone import Backbone
@@ -476,6 +477,45 @@ def test_lowdim_scores_the_gradient_of_all_parameters(
     gradient = torch.stack([parameter_gradient(exact, exact(image[None]).logsumexp(dim=1).sum()) for image in images])
     expected = probe_energy(fitted[name], gradient)
     assert torch.allclose(fitted[name].score(held_out[:8]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lowdim_knn", "lowdim_average_knn", "lowdim_last_knn"])
+def test_neighbours_in_the_subspace_are_those_of_the_formula(
+    name: str, exact: Small, fitted: dict[str, Score], seen: tuple[Outputs, Tensor], held_out: Outputs
+) -> None:
+    """Whitening, directions and distance in numpy and float64, from nothing that the score holds."""
+    outputs, labels = seen
+    assert outputs.ids is not None
+    by_id = np.argsort(outputs.ids.numpy(), kind="stable")
+    chosen = np.concatenate([by_id[labels.numpy()[by_id] == label][: OPTIONS.bank_size // CLASSES]  # type: ignore[operator]
+                             for label in range(CLASSES)])  # fmt: skip
+    size = CLASSES * 13 if name == "lowdim_last_knn" else None  # the last layer's parameters come last
+
+    def gradients(images: Tensor) -> NDArray[np.float64]:
+        free = [parameter_gradient(exact, exact(image[None]).logsumexp(dim=1).sum()) for image in images]
+        rows: NDArray[np.float64] = torch.stack(free).detach().numpy()
+        return rows if size is None else rows[:, -size:]
+
+    train = gradients(pixels_of(outputs)[chosen])
+    mean, spread = train.mean(axis=0), train.std(axis=0)
+    varies = spread > 1e-5 * np.sqrt(np.square(train).mean(axis=0))
+    whitened = (train[:, varies] - mean[varies]) / spread[varies]
+    if name == "lowdim_average_knn":
+        means = whitened.reshape(CLASSES, -1, whitened.shape[1]).mean(axis=1)
+        directions = means / np.linalg.norm(means, axis=1, keepdims=True)
+    else:
+        _, singular, directions = np.linalg.svd(whitened, full_matrices=False)
+        directions = directions[singular > 1e-4 * singular[0]]
+
+    def coordinates(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        found = rows @ directions.T
+        unit: NDArray[np.float64] = found / np.linalg.norm(found, axis=1, keepdims=True)
+        return unit
+
+    queries = (gradients(pixels_of(held_out)[:8])[:, varies] - mean[varies]) / spread[varies]
+    apart = np.linalg.norm(coordinates(queries)[:, None] - coordinates(whitened)[None], axis=2)
+    expected = np.sort(apart, axis=1)[:, 4]
+    assert np.allclose(fitted[name].score(held_out[:8]).numpy(), expected, rtol=1e-3)
 
 
 def test_chosen_parameters_alone_are_looked_at(backbone: Backbone, seen: tuple[Outputs, Tensor]) -> None:
