@@ -8,11 +8,13 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import uvloop
 
@@ -270,6 +272,23 @@ def test_prediction_only_answers_through_the_engine_with_the_same_labels_and_no_
     found = asyncio.run(judged())
     assert [verdict.prediction.index for verdict in found] == wanted
     assert {verdict.decision for verdict in found} == {"accept"}
+
+
+@pytest.mark.parametrize(
+    ("shares", "windows"),
+    [([2.0, 1.9, 0.05], 3), ([2.0, *[0.3] * 20], 1 + usage.POLLING_WINDOWS), ([0.3] * 5 + [1.0] + [0.3] * 20, 18)],
+    ids=["idle", "polls", "pauses between batches"],
+)
+def test_a_server_has_settled_when_it_is_idle_or_only_polls(
+    shares: list[float], windows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = np.concatenate([[0.0], np.cumsum(shares)]) * usage.WINDOW_S
+    readings = [reading for before_and_after in pairwise(total) for reading in before_and_after]
+    asked = iter(readings)
+    monkeypatch.setattr(usage, "cpu_seconds", lambda _: next(asked))
+    monkeypatch.setattr("threading.Event", lambda: SimpleNamespace(wait=lambda _: None))
+    usage.settle(psutil.Process())
+    assert len(readings) - len(list(asked)) == 2 * windows
 
 
 def test_prediction_only_passes_the_self_test_that_its_compiled_forward_must_pass() -> None:

@@ -9,6 +9,7 @@ import time
 import psutil
 
 IDLE_SHARE, WINDOW_S, PATIENCE_S = 0.1, 0.25, 60.0
+POLLING_SHARE, POLLING_WINDOWS = 0.5, 12  # of a core: less than any batch takes, for three seconds
 
 
 def tree(root: psutil.Process) -> list[psutil.Process]:
@@ -47,10 +48,12 @@ def resident_mb(root: psutil.Process) -> float:
 
 
 def settle(root: psutil.Process) -> None:
-    """Wait until the tree is next to idle: what earlier callers left behind is done."""
-    pause, given_up = threading.Event(), time.monotonic() + PATIENCE_S
+    """Wait until what earlier callers left behind is done: the tree is next to idle, or polls as it does when idle."""
+    pause, given_up, polling = threading.Event(), time.monotonic() + PATIENCE_S, 0
     while time.monotonic() < given_up:
         before = cpu_seconds(root)
         pause.wait(WINDOW_S)
-        if cpu_seconds(root) - before < IDLE_SHARE * WINDOW_S:
+        share = (cpu_seconds(root) - before) / WINDOW_S
+        polling = polling + 1 if share < POLLING_SHARE else 0
+        if share < IDLE_SHARE or polling == POLLING_WINDOWS:
             return
