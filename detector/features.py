@@ -140,9 +140,8 @@ def gather(
     for first in range(start, len(dataset), SHARD):
         shard = islice(batches, ceil(min(SHARD, len(dataset) - first) / BATCH))
         parts, ids = gather_shard(kinds, options, shard)
-        for name, part in parts.items():
-            gatherers[name].merge(part)
-        del parts, part  # sums of large maps, which would stand beside those of the next shard
+        for name in tuple(parts):
+            gatherers[name].merge(parts.pop(name))  # else sums of large maps would stand beside those of the next shard
         yield ids
 
 

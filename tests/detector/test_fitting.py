@@ -232,6 +232,13 @@ def cut_off(dataset: ArrayDataset) -> ArrayDataset:
     return dataset
 
 
+def test_a_fit_of_scores_that_have_nothing_to_fit_passes_over_the_images_all_the_same() -> None:
+    backbone = Backbone(toy_network().module, CIFAR_PREPROCESSING)
+    found, ids = fit_scores(["msp"], backbone, toy_dataset(1200, 1), FitOptions(num_classes=len(TOY_CLASSES)))
+    assert list(found) == ["msp"]
+    assert len(ids) == 1200
+
+
 @pytest.mark.parametrize("score", ["grood", "grood_noise"])
 def test_an_interrupted_fit_goes_on_and_gives_the_same_bits(
     score: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
