@@ -26,7 +26,6 @@ from detector.artifact import Manifest
 from detector.backbone import Mode, Precision
 from detector.policy import Decider, Decision, Reason, Verdict
 from service.drift import DriftStatus
-from service.histograms import BatchedHistogram, Series
 
 STAGES = ("read", "decode", "queue", "forward", "score", "respond", "upstream")
 DECISIONS: tuple[Decision, ...] = ("accept", "defer")
@@ -64,7 +63,7 @@ class _ModelSeries:
     """The series that count one model's verdicts."""
 
     decisions: Mapping[Reason, Counter]
-    p_value: Series
+    p_value: Histogram
     borderline: Counter
     shadows: Mapping[str, Counter]
     disagreements: Mapping[str, Counter]
@@ -95,8 +94,8 @@ class Metrics:
         def gauge(name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
             return Gauge(f"oodgate_{name}", text, labels, registry=registry)
 
-        def histogram(name: str, text: str, labels: Sequence[str], buckets: Sequence[float]) -> BatchedHistogram:
-            return BatchedHistogram(f"oodgate_{name}", text, labels, buckets, registry)
+        def histogram(name: str, text: str, labels: Sequence[str], buckets: Sequence[float]) -> Histogram:
+            return Histogram(f"oodgate_{name}", text, labels, registry=registry, buckets=tuple(buckets))
 
         self.decisions = counter("decisions", "Images judged.", (*SCORED, "decision", "reason"))
         self.p_value = histogram("p_value", "Conformal p-value of each image.", SCORED, P_VALUE_BUCKETS)
@@ -157,10 +156,9 @@ class Metrics:
         self.build_info = gauge("build_info", "1; the label tells the release.", ("version",))
 
         self.requests = counter("http_requests", "Requests answered.", ("handler", "method", "status"))
-        self.request_seconds = Histogram(  # whose buckets name a trace each
-            "oodgate_http_request_duration_seconds", "Time to answer a request.", ("handler", "method"),
-            registry=registry, buckets=LATENCY_BUCKETS,
-        )  # fmt: skip
+        self.request_seconds = histogram(
+            "http_request_duration_seconds", "Time to answer a request.", ("handler", "method"), LATENCY_BUCKETS
+        )
         self.stage_seconds = histogram(
             "stage_duration_seconds",
             "Time in read, upstream and respond (a request), decode and queue (an image), forward and score (a batch).",

@@ -62,12 +62,9 @@ def main() -> None:
     options = FitOptions(num_classes=backbone.num_classes, lowdim_parameters=tuple(args.lowdim_parameters))
     scores, refused = _fitted(names, backbone, sets, options)
     result = described(args.network, subject, options, refused)
-    if args.early_layer:
-        result |= {"early_layer": backbone.early} | measure(
-            scores, backbone, sets, ours=("grood",), rivals=(*RIVALS, "grood_norm")
-        )
-    else:
-        result |= measure(scores, backbone, sets)
+    result |= {"early_layer": backbone.early} if args.early_layer else {}
+    ours, rivals = (("grood",), (*RIVALS, "grood_norm")) if args.early_layer else (OURS, RIVALS)
+    result |= measure(scores, backbone, sets, ours=ours, rivals=rivals)
     result["seconds"] = round(time.monotonic() - started)
     write(result, args.out or args.network)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.accuracy.marks import MARK, frozen, label
 from benchmarks.accuracy.rivals_table import rivals_section
+from benchmarks.accuracy.run import ONE_PASS
 from benchmarks.accuracy.sets import NEAR
 from benchmarks.accuracy.subjects import named
 from benchmarks.readme import replaced, results
@@ -32,7 +33,6 @@ SAMPLED = tuple(
 )
 PRODUCTS = tuple(f"{name}-products" for name in ("embedded", "densenet_cifar10", "densenet_cifar100", "resnet20"))
 LAYER = ("embedded-layer3", "wide-layer3")  # where the authors' merged code mixes
-ONE_PASS = ("gaia_a", "gaia_z", "nac")
 SETS_APART = ("msp", "knn", "vim")  # whose published values tell how far our OOD sets are from the published ones
 TITLES = {
     "embedded": "the embedded ResNet-18, CIFAR-10",

@@ -97,15 +97,15 @@ def settling(workload: Workload, server: str, precision: str, seconds: float) ->
         with running(SERVERS[server], workload, precision, fresh) as live:
             began = time.monotonic()
             meanwhile: list[dict[str, float]] = []
-            while not live.settled() and len(meanwhile) < MOST_LOADS:
+            while not live.card()["settled"] and len(meanwhile) < MOST_LOADS:
                 meanwhile.append(load.open_loop(live, rate, sent_for, len(meanwhile), at_once=True))
             took = time.monotonic() - began
-            if not meanwhile or not live.settled():
+            forward = live.card()
+            if not meanwhile or not forward["settled"]:
                 raise RuntimeError(f"{took:.0f} s after it was ready the forward had not settled, or it had at once")
-            mode = live.mode()
             settled = load.open_loop(live, rate, sent_for, 0)
     times = {"eager": eager, "meanwhile": meanwhile, "settled": settled}
-    return {"rate": rate, "settled_s": took, "mode": mode, **times}
+    return {"rate": rate, "settled_s": took, "mode": forward["mode"], **times}
 
 
 KINDS = {"settling": settling, "burst": burst, "neighbour": neighbour, "growth": growth, "verdict": verdict}

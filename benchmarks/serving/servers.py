@@ -119,13 +119,9 @@ class Running:
     bodies: tuple[Path, ...]
     network: str
 
-    def settled(self) -> bool:
-        """Whether its forward stays what it is now."""
-        return bool(_card(self.server, self.port, self.network)["settled"])
-
-    def mode(self) -> str:
-        """The mode of the forward that is in force now."""
-        return str(_card(self.server, self.port, self.network)["mode"])
+    def card(self) -> dict[str, Any]:
+        """What the server says of its forward now: mode, and whether it has settled."""
+        return _card(self.server, self.port, self.network)
 
     @property
     def url(self) -> str:
