@@ -191,7 +191,7 @@ def load(directory: Path) -> Artifact:
     try:
         artifact = Artifact(
             manifest=manifest,
-            weights=load_file(directory / WEIGHTS) if WEIGHTS in manifest.files else None,
+            weights=mapped_weights(directory, manifest),
             export=(directory / EXPORT).read_bytes() if EXPORT in manifest.files else None,
             scores=load_file(directory / SCORES),
             calibration=load_file(directory / CALIBRATION),
@@ -203,6 +203,11 @@ def load(directory: Path) -> Artifact:
         raise ArtifactCorrupt(f"{directory}: {error}") from error
     check_disjoint(artifact.splits)
     return artifact
+
+
+def mapped_weights(directory: Path, manifest: Manifest) -> dict[str, Tensor] | None:
+    """The network's tensors as the file has them, or None where it has none; each takes memory once it is read."""
+    return load_file(directory / WEIGHTS) if WEIGHTS in manifest.files else None
 
 
 def read_manifest(directory: Path) -> Manifest:

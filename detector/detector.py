@@ -91,15 +91,12 @@ class Detector:
             GoldenMismatch: this machine answers otherwise than the one that wrote the artifact.
         """
         artifact = artifacts.load(Path(path))
+        unread = artifacts.mapped_weights(Path(path), artifact.manifest)
         target = resolve_device(device)
         exact_float32(target)
-        *preferred, last = _candidates(artifact.manifest, target, precision)
-        for candidate in preferred:
-            try:
-                return cls._proven(artifact, target, candidate)
-            except GoldenMismatch as error:
-                log.warning("%s is left for %s: %s", candidate, last, error, extra={"model": artifact.manifest.name})
-        return cls._proven(artifact, target, last)
+        detector = cls._best(artifact, target, precision)
+        artifact.weights = unread  # what was read to build the network leaves the memory until it is built again
+        return detector
 
     @classmethod
     def from_artifact(
@@ -114,6 +111,16 @@ class Detector:
         scores = {name: registry()[name].from_state(_part(artifact.scores, name), backbone) for name in manifest.scores}
         bind(scores)
         return cls(manifest, backbone, scores, calibration_scores(artifact, precision), artifact.splits)
+
+    @classmethod
+    def _best(cls, artifact: Artifact, device: torch.device, asked: str) -> Self:
+        *preferred, last = _candidates(artifact.manifest, device, asked)
+        for candidate in preferred:
+            try:
+                return cls._proven(artifact, device, candidate)
+            except GoldenMismatch as error:
+                log.warning("%s is left for %s: %s", candidate, last, error, extra={"model": artifact.manifest.name})
+        return cls._proven(artifact, device, last)
 
     @classmethod
     def _proven(cls, artifact: Artifact, device: torch.device, precision: Precision) -> Self:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
@@ -19,8 +19,10 @@ from service.recent import Recent
 from service.registry import Registry
 from service.security import Tokens
 from service.settings import Settings
-from service.upstream import Upstream
 from service.watch import Watch
+
+if TYPE_CHECKING:
+    from service.upstream import Upstream
 
 
 class Lifecycle:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,8 +28,10 @@ from service.registry import Registry
 from service.security import Tokens, is_loopback
 from service.served import Answer, ServedModel
 from service.settings import Settings
-from service.upstream import Upstream
 from service.watch import Watch
+
+if TYPE_CHECKING:
+    from service.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +60,7 @@ async def running(settings: Settings, metrics: Metrics, tokens: Tokens, lifecycl
     audit, jpegs = _proven(settings, metrics, registry)
     recent = Recent(metrics)
     engine = _engine(settings, metrics, recent, registry)
-    upstream = Upstream(settings) if settings.gate_upstream else None
+    upstream = _upstream(settings) if settings.gate_upstream else None
     decoding = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
     with decoding as decoders, closing(Explainer(settings.torch_threads)) as explainer:
         context = Context(
@@ -106,6 +109,12 @@ def _audit(settings: Settings, metrics: Metrics) -> Audit | NoAudit:
     return Audit(
         directory, max_bytes=settings.audit_max_bytes, keep=settings.audit_keep, on_loss=metrics.audit_lost.inc
     )
+
+
+def _upstream(settings: Settings) -> Upstream:
+    from service.upstream import Upstream  # here: its client takes 8 MB, and most servers are no gate
+
+    return Upstream(settings)
 
 
 def _engine(settings: Settings, metrics: Metrics, recent: Recent, registry: Registry) -> Engine:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Request
@@ -34,7 +34,9 @@ from service.reading import IMAGES_BODY, read_images
 from service.schemas import Problem, VerdictBody, VerdictList, item_body
 from service.served import ServedModel
 from service.tracing import SPAN
-from service.upstream import Upstream
+
+if TYPE_CHECKING:
+    from service.upstream import Upstream
 
 router = APIRouter(tags=["gate"], default_response_class=Response)
 
