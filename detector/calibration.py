@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from math import ceil, isfinite, log, sqrt
 from typing import Literal
 
@@ -138,7 +139,8 @@ def acceptance_interval(rank: int, n: int, level: float = 0.95) -> tuple[float, 
     return float(quantiles[0]), float(quantiles[1])
 
 
-def mixed_acceptance_interval(cuts: Sequence[Threshold], level: float = 0.95) -> tuple[float, float]:
+@lru_cache(maxsize=64)  # of a thousand groups the draws take seconds
+def mixed_acceptance_interval(cuts: tuple[Threshold, ...], level: float = 0.95) -> tuple[float, float]:
     """The same over several groups, weighted by their calibration scores: the mean of independent Betas."""
     if len(cuts) == 1:
         return acceptance_interval(cuts[0].rank, cuts[0].n, level)

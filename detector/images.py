@@ -54,8 +54,8 @@ _INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
 }
 _ORIENTATION = 0x0112
-# What `is_small` lets through, so that no file, however hostile, takes much over a millisecond: 64 KiB of empty deflate
-# blocks alone take six.
+# What `is_small` lets through, so that no file, however hostile, takes much over two milliseconds: 64 KiB of empty
+# deflate blocks alone take six.
 SMALL_BYTES = 8 * 2**10
 SMALL_SIDE = 128  # pixels, of the file and of the network's input
 _SMALL_PARTS, _SMALL_HEADER = 16, 1024  # chunks or segments in a file, and bytes of one that holds no pixels

@@ -218,7 +218,7 @@ class Decider:
         """
         reasons = [cuts for cuts in (self.thresholds, self.doubt_thresholds) if cuts]
         level = 1 - (1 - level) / len(reasons)
-        intervals = [mixed_acceptance_interval(cuts, level) for cuts in reasons]
+        intervals = [mixed_acceptance_interval(tuple(cuts), level) for cuts in reasons]
         together = 1 - sum(1 - low for low, _ in intervals)
         return max(0.0, together), min(high for _, high in intervals)
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from statistics import geometric_mean, median
 
@@ -118,7 +119,9 @@ class Settling:
             detector = self._compiled(eager)
             if self._closed:
                 return
-            share = share_of_time(detector, eager)
+            share = share_of_time(detector, eager, lambda: self._closed)
+            if share == inf:
+                return
             if share > WORTHWHILE:
                 log.info("the forward stays eager: compiled it takes %.2f times as long", share, extra=told)
                 return
@@ -188,12 +191,19 @@ class Settling:
             raise BackboneError(f"the compiling process failed ({self._process.returncode}): {last}")
 
 
-def share_of_time(compiled: Detector, eager: Detector) -> float:
-    """The time of one forward over that of the other: the geometric mean for one image and for many, taken in turn."""
+def share_of_time(compiled: Detector, eager: Detector, given_up: Callable[[], bool] = lambda: False) -> float:
+    """The time of one forward over that of the other: the geometric mean for one image and for many, taken in turn.
+
+    Infinite where it was given up.
+    """
     shares = []
     for size in (1, max(compiling.SIZES)):
         images = torch.zeros(size, *eager.backbone.input_shape, dtype=torch.uint8)
-        rounds = [[_seconds(detector, images) for detector in (compiled, eager)] for _ in range(1 + ROUNDS)]
+        rounds = []
+        for _ in range(1 + ROUNDS):
+            if given_up():
+                return inf
+            rounds.append([_seconds(detector, images) for detector in (compiled, eager)])
         shares.append(median(first / second for first, second in rounds[1:]))  # the first finds cold caches
     return geometric_mean(shares)
 

@@ -23,7 +23,7 @@ class Staging:
 
     def __init__(self, shape: Sequence[int], device: torch.device) -> None:
         self._shape, self._device = tuple(shape), device
-        self._cuda = device.type == "cuda"
+        self._cuda = _works_alone(device)
         self._stream = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
         self._rings: dict[int, cycle[_Buffer]] = {}
         self._one_at_a_time = threading.Lock()
@@ -87,6 +87,10 @@ class Download:
         if self._copied is not None:
             self._copied.synchronize()
         return [rows.reshape(shape) for rows, shape in zip(self._rows, self._shapes, strict=True)]
+
+
+def _works_alone(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _away(tensors: Sequence[Tensor]) -> bool:

@@ -195,7 +195,7 @@ async def judge_all(
     """
     with context.engine.admit(len(pictures)):
         if len(pictures) == 1:  # a task of its own would cost more than its decoding
-            results = [await _result(context, asker, model, pictures[0], started, deadline)]
+            results = [await _result(context, asker, model, pictures[0], started, deadline, alone=True)]
         else:
             results = await asyncio.gather(
                 *(_result(context, asker, model, picture, started, deadline) for picture in pictures)
@@ -204,10 +204,17 @@ async def judge_all(
 
 
 async def _result(
-    context: Context, asker: Asker, model: ServedModel, picture: Picture, started: float, deadline: float
+    context: Context,
+    asker: Asker,
+    model: ServedModel,
+    picture: Picture,
+    started: float,
+    deadline: float,
+    *,
+    alone: bool = False,
 ) -> Judged | OodgateError:
     try:
-        judged = await _judge(context, model, picture, started, deadline)
+        judged = await _judge(context, model, picture, started, deadline, alone=alone)
     except OodgateError as error:
         return error
     context.audit.write(_audited(asker, model, judged))
@@ -225,7 +232,9 @@ def _trace(span: RequestSpan, model: ServedModel, judged: Judged) -> None:
     )
 
 
-async def _judge(context: Context, model: ServedModel, picture: Picture, started: float, deadline: float) -> Judged:
+async def _judge(
+    context: Context, model: ServedModel, picture: Picture, started: float, deadline: float, *, alone: bool
+) -> Judged:
     preprocessing, limits = model.detector.manifest.preprocessing, context.settings.limits
 
     def prepared(jpegs: JpegDecoder | None) -> tuple[Pixels, str, float]:
@@ -239,11 +248,13 @@ async def _judge(context: Context, model: ServedModel, picture: Picture, started
         answer = await context.engine.judge(model, image, deadline)
         return Judged(answer, sha256, decode_s, time.monotonic() - started)
 
-    if isinstance(picture, bytes) and is_small(picture, preprocessing):
-        return await answered(*prepared(None))  # the way to a device and back would take longer
+    small = isinstance(picture, bytes) and is_small(picture, preprocessing)
+    jpegs = None if small else context.jpegs  # the way to a device and back takes longer than decoding does
+    if small and alone:  # so does the way to another thread; but many in one go would hold up everybody
+        return await answered(*prepared(jpegs))
     await by(context, deadline, context.decodable.acquire())
     try:
-        return await answered(*await in_decoder(context, deadline, partial(prepared, context.jpegs)))
+        return await answered(*await in_decoder(context, deadline, partial(prepared, jpegs)))
     finally:
         context.decodable.release()
 

@@ -7,7 +7,7 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING
@@ -79,7 +79,7 @@ async def running(settings: Settings, metrics: Metrics, tokens: Tokens, lifecycl
             recent,
             jpegs,
         )
-        chores = [asyncio.create_task(chore) for chore in _chores(context)]
+        chores = [asyncio.create_task(_again_and_again(chore)) for chore in _chores(context)]
         if tokens.open and not is_loopback(settings.host):
             log.warning("open to everybody who reaches it: no tokens are set", extra={"host": settings.host})
         reclaim_memory()  # what proving and warming the models took
@@ -143,34 +143,40 @@ def _record(metrics: Metrics, recent: Recent, model: ServedModel, answers: Seque
         metrics.stage["queue"].observe(answer.timing.queue)
 
 
-def _chores(context: Context) -> Iterator[Coroutine[None, None, None]]:
-    """What is done again and again beside the requests."""
+async def _again_and_again(chore: Callable[[], Coroutine[None, None, None]]) -> None:
+    """Do a chore, which begins with a pause, for as long as the server lives; a failure is told and ends one round."""
+    while True:
+        try:
+            await chore()
+        except Exception:  # whatever a disk or a library raises: the next round may fare better
+            log.exception("a chore failed and is tried again", extra={"chore": chore.__name__})
+
+
+def _chores(context: Context) -> Iterator[Callable[[], Coroutine[None, None, None]]]:
+    """What is done again and again beside the requests: one round of each."""
 
     async def measure_lag() -> None:
-        while True:
-            due = time.monotonic() + LAG_EVERY_S
-            await asyncio.sleep(LAG_EVERY_S)
-            context.metrics.loop_lag.observe(max(0.0, time.monotonic() - due))
+        due = time.monotonic() + LAG_EVERY_S
+        await asyncio.sleep(LAG_EVERY_S)
+        context.metrics.loop_lag.observe(max(0.0, time.monotonic() - due))
 
     async def look_for_versions() -> None:
-        while True:
-            await asyncio.sleep(context.settings.poll_seconds)
-            await context.registry.load_newer()
+        await asyncio.sleep(context.settings.poll_seconds)
+        await context.registry.load_newer()
 
     async def refresh_drift() -> None:
-        while True:
-            for _ in range(SAVE_EVERY_S):
-                await asyncio.sleep(1)
-                context.watch.refresh()
-            for write in context.watch.writes():
-                await asyncio.to_thread(write)
-            # Else what thousands of short-lived buffers leave between long-lived ones adds up, megabytes an hour.
-            await asyncio.to_thread(reclaim_memory)
+        for _ in range(SAVE_EVERY_S):
+            await asyncio.sleep(1)
+            context.watch.refresh()
+        for write in context.watch.writes():
+            await asyncio.to_thread(write)
+        # Else what thousands of short-lived buffers leave between long-lived ones adds up, megabytes an hour.
+        await asyncio.to_thread(reclaim_memory)
 
-    yield measure_lag()
-    yield refresh_drift()
+    yield measure_lag
+    yield refresh_drift
     if context.settings.poll_seconds:
-        yield look_for_versions()
+        yield look_for_versions
 
 
 async def _stop(context: Context, chores: Sequence[asyncio.Task[None]]) -> None:
@@ -181,7 +187,7 @@ async def _stop(context: Context, chores: Sequence[asyncio.Task[None]]) -> None:
     await context.engine.close(context.settings.shutdown_grace_s)
     if context.upstream is not None:
         await context.upstream.close()
-    context.registry.close()
     context.watch.save()
     context.audit.close()
+    context.registry.close()  # may wait for a batch that is being timed; nothing is lost if that is too long
     gc.unfreeze()

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from detector.artifact import MANIFEST
 from detector.detector import Detector
 from detector.errors import ArtifactCorrupt, ArtifactNotFound, OodgateError, ScoreError
@@ -62,7 +64,9 @@ class Registry:
         self._tried: dict[Path, int] = {}  # by manifest: when the file was last changed
         self._settling: dict[str, Settling] = {}
         self._one_change = asyncio.Lock()
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._loader = ThreadPoolExecutor(  # with its own number of threads: else it takes what another thread set
+            1, "loader", initializer=torch.set_num_threads, initargs=(settings.torch_threads,)
+        )
 
     def load_all(self) -> None:
         """Load and warm of every model the version that the admin went back to, else the newest that can be served.
@@ -150,8 +154,9 @@ class Registry:
 
     def forward(self, name: str) -> ForwardState:
         """Which forward of a model is in force, and whether it stays so. Raises ModelNotFound."""
-        self.get(name)
-        return self._settling[name].state
+        serving = self.get(name).detector.backbone.mode
+        state = self._settling[name].state
+        return replace(state, mode=serving, settled=state.settled and state.mode == serving)
 
     def failure(self, name: str) -> LoadFailure | None:
         """The newest version of a model that could not be loaded when it was last tried, if there is one."""
@@ -219,7 +224,8 @@ class Registry:
         """
         async with self._one_change:
             model = self.get(name)
-            self._under(model, policy)  # what cannot be kept is not remembered
+            wanted = self._under(model, policy)  # what cannot be kept is not remembered
+            await self._aside(wanted.decider.expected_acceptance)  # drawn once
             digest = model.detector.manifest.model_digest
             await self._aside(partial(self._policies.write, name, digest, policy, changed_by))
             changed = self._under(self.get(name), policy)  # its compiled forward may have taken over meanwhile
@@ -233,7 +239,7 @@ class Registry:
 
         A version that the admin went back to stays.
         """
-        for directory in newest_versions(self._settings.models):
+        for directory in await self._aside(partial(newest_versions, self._settings.models)):
             name = directory.parent.name
             served = self._models.get(name)
             if served is not None and _number(directory) <= int(served.detector.manifest.version):
@@ -285,6 +291,7 @@ class Registry:
             stored = self._policies.read(manifest.name, manifest.model_digest)
             model = self._under(own, stored or manifest.policy)
             warm_up(model, buckets(settings.max_batch))
+            model.decider.expected_acceptance()  # drawn once, and not on the event loop
             return_freed_memory()
         except Exception as error:
             self._metrics.model_loads.labels("failure").inc()

@@ -79,10 +79,10 @@ class Watch:
         self._show(self._streams[name])
 
     def end(self, name: str) -> None:
-        """Watch a model no more; what its tests know is kept."""
+        """Watch a model no more; what its tests know is kept, as by `save`."""
         stream = self._streams.pop(name)
         self._feed(stream)
-        write_whole(self._path(name), _states(stream))
+        _kept(self._path(name), _states(stream))
 
     def saw(self, model: ServedModel, verdict: Verdict, source: str) -> None:
         """Take note of one verdict.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -60,6 +61,27 @@ def test_only_what_is_between_the_markers_of_the_page_changes(tmp_path: Path, mo
     assert page.read_text() == first
     assert first.startswith("# Performance\n\n## Decoding\n\nkept\n\n## Serving\n\n<!-- serving -->\n")
     assert (tmp_path / "serving-N.svg").exists()
+
+
+def test_results_of_another_machine_have_a_section_and_figures_of_their_own(tmp_path: Path) -> None:
+    both = shutil.copytree(RESULTS, tmp_path / "results")
+    shutil.copytree(RESULTS, both / "old")
+    section = table.section(both)
+    own, other = section.split("### Another machine: ")
+    assert "serving-N.svg" in own
+    assert "serving-old-N.svg" in other
+    assert "not measured" not in other
+    assert {path.name for path in plots.write(both, tmp_path)} == {"serving-N.svg", "serving-old-N.svg"}
+
+
+def test_results_of_two_machines_are_not_mixed_in_one_file(tmp_path: Path) -> None:
+    results.check_machine(tmp_path, WORKLOADS["N"])
+    stored = json.loads((RESULTS / "N.json").read_text())
+    results.write_runs(tmp_path, WORKLOADS["N"], 1.0, stored["runs"], [])
+    results.check_machine(tmp_path, WORKLOADS["N"])
+    (tmp_path / "N.json").write_text(json.dumps(stored | {"machine": {"cpu": "another"}}))
+    with pytest.raises(SystemExit, match="--out"):
+        results.check_machine(tmp_path, WORKLOADS["N"])
 
 
 def test_no_result_is_a_clear_error(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one request costs oodgate: CPU time of each thread, then of each function on the event loop.
+"""What one request costs oodgate, warm: CPU time of each thread, then of each function on the event loop.
 
     python -m benchmarks.serving.cost --workload N
     python -m benchmarks.serving.cost --workload B --precision auto
@@ -13,12 +13,14 @@ benchmarks/serving/results/cost-WORKLOAD.txt, or cost-WORKLOAD-at-1.txt.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import cProfile
 import io
 import json
 import os
 import pstats
 import re
+import signal
 import sys
 import threading
 import time
@@ -36,7 +38,8 @@ from benchmarks.serving.workloads import BUILD, ROOT, WORKLOADS, Workload
 from detector.cli import main as serve
 
 THREADS, PROFILE, ASKED = BUILD / "cost-threads.json", BUILD / "cost.prof", "BENCH_PROFILE"
-ROWS = 40
+ROWS, LEAST = 40, 1000  # requests
+BEGIN = signal.SIGUSR1
 
 
 def watched() -> None:
@@ -44,11 +47,14 @@ def watched() -> None:
     startup, shutdown = uvicorn.Server.startup, uvicorn.Server.shutdown
     profile, before = cProfile.Profile(timer=time.thread_time), dict[int, float]()
 
-    async def started(self: uvicorn.Server, *args: Any, **kwargs: Any) -> None:
-        await startup(self, *args, **kwargs)
+    def begin() -> None:
         before.update((thread.ident or 0, _cpu_seconds(thread)) for thread in threading.enumerate())
         if os.environ.get(ASKED):
             profile.enable()
+
+    async def started(self: uvicorn.Server, *args: Any, **kwargs: Any) -> None:
+        await startup(self, *args, **kwargs)
+        asyncio.get_running_loop().add_signal_handler(BEGIN, begin)
 
     async def stopping(self: uvicorn.Server, *args: Any, **kwargs: Any) -> None:
         if os.environ.get(ASKED):
@@ -86,8 +92,11 @@ def measure(workload: Workload, precision: str, concurrency: int, seconds: float
 
 
 def _run(workload: Workload, precision: str, concurrency: int, seconds: float) -> float:
+    """How many requests were measured; what a server does once, at the first of them, is over by then."""
     with running(COSTED, workload, precision) as live:
-        return sum(load.closed(live, concurrency, each)["images"] for each in (WARM_S, seconds))
+        rate = load.closed(live, concurrency, WARM_S)["images_per_s"]
+        live.process.send_signal(BEGIN)
+        return load.closed(live, concurrency, max(seconds, LEAST / rate))["images"]
 
 
 def _functions(requests: float) -> str:

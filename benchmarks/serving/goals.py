@@ -137,7 +137,7 @@ def _against_peers(measured: Measured) -> list[Goal]:
     loads = ((COMMON, "one rate for all, near 90 % of the best peer's"), ("90%", "90 % of its own throughput each"))
     for workload, (load, at), (asked, how) in product("ABCDN", loads, FORMS):
         tails = measured.over_peers(workload, (asked, "fp32"), _tail(load), min)
-        if (tails and (workload, load) != ("N", COMMON)) or (workload in "ABC" and (load, asked) == (COMMON, "auto")):
+        if tails or (workload in "ABC" and (load, asked) == (COMMON, "auto")):
             rows.append(Goal(f"{workload}: p99 at {at}, {how} ÷ best peer's", None, 0.8, tails))
     return rows
 

@@ -4,24 +4,31 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from statistics import median
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from benchmarks.serving.results import elsewhere
 from benchmarks.serving.workloads import WORKLOADS
 from detector.plots import STYLE
 
 
 def write(results: Path, folder: Path) -> list[Path]:
-    """Draw `serving-LETTER.svg` for each stored workload; the files written."""
+    """Draw `serving-LETTER.svg` for each stored workload, `serving-MACHINE-LETTER.svg` for another machine's.
+
+    Returns:
+        the files written.
+    """
+    machines = {"serving": results} | {f"serving-{other.name}": other for other in elsewhere(results)}
     written = []
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]
-        for letter in WORKLOADS:
-            path = results / f"{letter}.json"
+        for (name, measured), letter in product(machines.items(), WORKLOADS):
+            path = measured / f"{letter}.json"
             if path.exists():
-                written.append(folder / f"serving-{letter}.svg")
+                written.append(folder / f"{name}-{letter}.svg")
                 _drawn(json.loads(path.read_text())).savefig(written[-1], metadata={"Date": None})
     return written
 

@@ -45,6 +45,13 @@ def write_runs(
     write(path, content | {"failures": [*kept("failures"), *failures], "runs": [*kept("runs"), *runs]})
 
 
+def check_machine(folder: Path, workload: Workload) -> None:
+    """Exit where the workload's runs that are stored there are of another machine: they would be mixed."""
+    path = folder / f"{workload.letter}.json"
+    if path.exists() and json.loads(path.read_text())["machine"] != machine():
+        raise SystemExit(f"{path} is of another machine; give this one a folder of its own, with --out {folder}/NAME")
+
+
 def common_rate(folder: Path, workload: Workload, peers: Sequence[float]) -> float | None:
     """The rate of the open loop that is the same for every server, images/s.
 
@@ -90,6 +97,11 @@ def versions() -> dict[str, str]:
     """Of Python, of what computes, and of every peer."""
     peers = {package: environments.versions(package)[package] for package in PEER_PACKAGES}
     return {"python": platform.python_version()} | {name: version(name) for name in OURS} | peers
+
+
+def elsewhere(folder: Path) -> list[Path]:
+    """Folders with the results of other machines, by name."""
+    return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
 def spread(values: Iterable[float]) -> tuple[float, float, float]:

@@ -3,7 +3,8 @@
 
     python -m benchmarks.serving.run --workload A --repeats 3 --seconds 8 [--server NAME …] [--precision fp32 …]
 
-Writes benchmarks/serving/results/A.json after every server, so that an interrupted run keeps what it has.
+Writes benchmarks/serving/results/A.json after every server, so that an interrupted run keeps what it has. Results of
+another machine go to a folder of their own, `--out benchmarks/serving/results/NAME`; the page shows them apart.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=results.RESULTS)
     args = parser.parse_args()
     workload = WORKLOADS[args.workload]
+    results.check_machine(args.out, workload)
     networks.ensure(workload)
     stop_cleanly()
     pairs = [

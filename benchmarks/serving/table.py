@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.readme import replaced
 from benchmarks.serving import plots
 from benchmarks.serving.goals import Goal, Measured, Run, closed, goals
-from benchmarks.serving.results import COMMON, PEER_PACKAGES, RESULTS, at_32, efficiency, spread
+from benchmarks.serving.results import COMMON, PEER_PACKAGES, RESULTS, at_32, efficiency, elsewhere, spread
 from benchmarks.serving.servers import PEERS as PEER_NAMES, SERVERS
 from benchmarks.serving.workloads import ROOT, WORKLOADS
 
@@ -37,33 +37,55 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def section(folder: Path) -> str:
-    """Everything between the markers."""
-    stored = {
-        letter: json.loads(path.read_text()) for letter in WORKLOADS if (path := folder / f"{letter}.json").exists()
-    }
+    """Everything between the markers; a folder in it holds the results of another machine."""
+    stored = _stored(folder)
     experiments = folder / "experiments.json"
     found = json.loads(experiments.read_text())["experiments"] if experiments.exists() else []
     if not stored:
         raise FileNotFoundError(f"{folder} holds no result; run `python -m benchmarks.serving.run` first")
     alone = json.loads(START_UP.read_text())
     decoding = json.loads(DECODING.read_text())["alone"]
-    measured = Measured({letter: result["runs"] for letter, result in stored.items()}, found, alone, decoding)
-    first = next(iter(stored.values()))
-    parts = [_context(first), PEERS, "### Goals", _goal_table(goals(measured))]
+    measured = Measured(_runs(stored), found, alone, decoding)
+    parts = [_context(next(iter(stored.values()))), PEERS, "### Goals", _goal_table(goals(measured))]
     for letter, result in stored.items():
-        figure = f"![Throughput of workload {letter} by concurrency](serving-{letter}.svg)"
-        parts += [f"### {letter}: {result['title']}", figure, _workload_table(letter, measured)]
-        parts += [_lengths(result), *_common_rates(letter, measured)]
-        if _machine(result) != _machine(first):
-            parts.append(f"Measured on another machine: {_machine(result)}.")
-        parts += [f"{one['server']} {one['asked']} failed in repeat {one['repeat']}." for one in result["failures"]]
+        parts += [f"### {letter}: {result['title']}", *_workload(letter, result, measured)]
     growth = measured.experiment("growth", "A")
     if growth:
         parts += ["### Growth: A, fp32", _growth_table(growth)]
     settling = {letter: found for letter in WORKLOADS if (found := measured.experiment("settling", letter))}
     if settling:
         parts += ["### While the compiled forward is made", _settling_table(settling)]
+    for other in elsewhere(folder):
+        parts += _other_machine(other)
     return "\n\n".join(parts)
+
+
+def _stored(folder: Path) -> dict[str, dict[str, Any]]:
+    return {
+        letter: json.loads(path.read_text()) for letter in WORKLOADS if (path := folder / f"{letter}.json").exists()
+    }
+
+
+def _runs(stored: Mapping[str, dict[str, Any]]) -> dict[str, Sequence[Run]]:
+    return {letter: result["runs"] for letter, result in stored.items()}
+
+
+def _other_machine(folder: Path) -> Iterator[str]:
+    stored = _stored(folder)
+    measured = Measured(_runs(stored), [])
+    yield f"### Another machine: {_machine(next(iter(stored.values())))}"
+    yield _goal_table([row for row in goals(measured) if row.values])
+    for letter, result in stored.items():
+        yield f"#### {letter}: {result['title']}"
+        yield from _workload(letter, result, measured, f"{folder.name}-")
+
+
+def _workload(letter: str, result: dict[str, Any], measured: Measured, machine: str = "") -> Iterator[str]:
+    yield f"![Throughput of workload {letter} by concurrency](serving-{machine}{letter}.svg)"
+    yield _workload_table(letter, measured)
+    yield _lengths(result)
+    yield from _common_rates(letter, measured)
+    yield from (f"{one['server']} {one['asked']} failed in repeat {one['repeat']}." for one in result["failures"])
 
 
 def _context(result: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ from service.judging import (
     judge_all,
     read_in_time,
     shows_evidence,
+    while_the_caller_waits,
 )
 from service.reading import IMAGES_BODY, read_images
 from service.schemas import Problem, VerdictBody, VerdictList, item_body
@@ -128,7 +129,7 @@ async def _judge(request: Request, context: Context) -> _Judgement:
         return await read_images(request, context.settings, part=None)
 
     try:
-        with counting_rejections(context):
+        with counting_rejections(context), while_the_caller_waits(request):
             # Who fails open needs the body even where it cannot be judged.
             reader = in_time if context.settings.gate_fail_policy == "open" else read_in_time
             files, several = await reader(context, deadline, read)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from itertools import repeat
 from pathlib import Path
 
@@ -35,6 +36,21 @@ def test_a_saved_model_gives_the_same_verdicts_after_loading(toy: Path) -> None:
     images, _ = toy_images(40, seed=8)
     first, second = Detector.load(toy), Detector.load(toy)
     assert first.verdicts(images) == second.verdicts(images)
+
+
+def resident_kb(path: Path) -> int:
+    """Of the pages of a file that this process has mapped, those in memory."""
+    told = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    return sum(int(re.findall(r"^Rss: +(\d+)", each, re.M)[0]) for each in told if str(path) in each)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_weights_that_were_read_to_build_the_network_leave_the_memory_until_it_is_built_again() -> None:
+    path = EMBEDDED / WEIGHTS
+    before = resident_kb(path)
+    detector = Detector.load(EMBEDDED, device="cpu", precision="fp32")
+    assert resident_kb(path) - before < path.stat().st_size / 1024 / 4
+    assert detector.backbone.module is detector.backbone.module
 
 
 def test_the_directory_holds_no_pickle(toy: Path) -> None:

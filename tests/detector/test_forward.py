@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +231,54 @@ def test_staged_images_arrive_whole_though_buffers_are_used_again() -> None:
     sent = [torch.full((1 + index % 5, 2, 2, 3), index, dtype=torch.uint8) for index in range(8 * DEPTH)]
     arrived = [ring.upload(batch) for batch in sent]
     assert all(torch.equal(first, second) for first, second in zip(sent, arrived, strict=True))
+
+
+def test_a_buffer_is_filled_again_once_its_copy_is_over_and_the_computing_stream_waits_for_its_own_copy_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps: list[str] = []
+    empty, numbers = torch.empty, itertools.count()
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            steps.append(f"{self.name} waits for {other.name}")
+
+    class Event:
+        def __init__(self) -> None:
+            self.number = next(numbers)
+
+        def record(self, stream: Stream) -> None:
+            steps.append(f"{self.number} recorded on {stream.name}")
+
+        def synchronize(self) -> None:
+            steps.append(f"{self.number} waited for")
+
+    def unpinned(size: Any, *, pin_memory: bool, dtype: torch.dtype) -> torch.Tensor:
+        assert pin_memory
+        return empty(size, dtype=dtype)
+
+    def kept(tensor: torch.Tensor, stream: Stream) -> None:
+        steps.append(f"kept for {stream.name}")
+
+    monkeypatch.setattr(staging, "_works_alone", lambda _: True)
+    monkeypatch.setattr(torch, "empty", unpinned)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream("copying"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("computing"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", kept)
+    ring = Staging((2, 2, 3), torch.device("cpu"))
+    sent = [torch.full((3, 2, 2, 3), value, dtype=torch.uint8) for value in range(DEPTH + 1)]
+    arrived = [ring.upload(batch) for batch in sent]
+    assert all(torch.equal(first, second) for first, second in zip(sent, arrived, strict=True))
+    after = ["computing waits for copying", "kept for computing"]
+    used = [*range(DEPTH), 0]  # the first buffer again, after its event
+    assert steps == [
+        step for number in used for step in (f"{number} waited for", f"{number} recorded on copying", *after)
+    ]
 
 
 def test_results_come_down_in_one_copy_with_their_shapes() -> None:

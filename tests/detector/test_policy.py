@@ -164,8 +164,15 @@ def test_the_expected_acceptance_counts_both_reasons_and_all_groups() -> None:
     assert high <= acceptance_interval(both.thresholds[0].rank, both.thresholds[0].n, 0.975)[1]
 
 
+def test_the_mean_of_groups_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuts = (Threshold(0.25, 477, 500), Threshold(0.5, 951, 1000))
+    first = mixed_acceptance_interval(cuts)
+    monkeypatch.delattr(np.random, "default_rng")
+    assert mixed_acceptance_interval(tuple(Threshold(cut.value, cut.rank, cut.n) for cut in cuts)) == first
+
+
 def test_the_mean_of_groups_varies_less_than_one_of_them() -> None:
     cut = Threshold(0.0, 477, 500)
-    alone, together = mixed_acceptance_interval([cut]), mixed_acceptance_interval([cut] * 10)
+    alone, together = mixed_acceptance_interval((cut,)), mixed_acceptance_interval((cut,) * 10)
     assert alone[0] < together[0] < together[1] < alone[1]
     assert sum(together) / 2 == pytest.approx(477 / 501, abs=1e-3)

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import chdir, suppress
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -129,6 +130,7 @@ def test_the_share_of_time_is_of_one_image_and_of_many(
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     assert share_of_time(taking(one, many), taking(1.0, 1.0)) == pytest.approx(share)
+    assert share_of_time(taking(one, many), taking(1.0, 1.0), lambda: True) == inf  # the server stops
 
 
 @needs_compiler
@@ -159,7 +161,7 @@ def test_a_server_says_that_it_serves_eagerly_until_the_compiled_forward_is_in_f
             let_go.set()
         wait_until(lambda: forward()["settled"])
         assert forward() == {"device": "cpu", "precision": "fp32", "mode": "compiled", "settled": True}
-        wait_until(lambda: running.context.registry.get("toy").detector.backbone.mode == "compiled")
+        assert running.context.registry.get("toy").detector.backbone.mode == "compiled"
         after = post(running.client, GOOD).json()
         assert after["decision"] == before["decision"]
         assert after["prediction"]["label"] == before["prediction"]["label"]
@@ -313,6 +315,7 @@ def test_the_compiling_process_takes_no_more_than_others_leave(
 
 SERVER = """
 import sys
+from math import inf
 from pathlib import Path
 
 from detector import Detector

@@ -22,6 +22,7 @@ from tests.faults import scenarios
 from tests.faults.wire import connected, open_files, request, resident_bytes
 from tests.helpers import GOOD, encoded, photo
 from tests.service.conftest import serving
+from tests.service.test_gate import gated
 from tests.service.test_verdict import PNG
 
 
@@ -46,7 +47,12 @@ def test_callers_who_leave_cost_nobody_an_answer_and_leave_nothing_behind(server
     assert not any(record["level"] in ("ERROR", "CRITICAL") for record in server.log[logged:])
 
 
-def test_what_was_asked_by_somebody_who_left_is_not_computed(toy_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("path", "handler"), [(scenarios.VERDICT, scenarios.VERDICT), ("/gate/predict", "/gate/{path:path}")]
+)
+def test_what_was_asked_by_somebody_who_left_is_not_computed(
+    toy_models: Path, monkeypatch: pytest.MonkeyPatch, path: str, handler: str
+) -> None:
     opened, judged = threading.Event(), []
 
     async def leave(url: str, depth: Callable[[], int]) -> None:
@@ -56,16 +62,16 @@ def test_what_was_asked_by_somebody_who_left_is_not_computed(toy_models: Path, m
                 while depth() != images:
                     await other.ask(scenarios.LIVE)
 
-            await staying.send(request(scenarios.VERDICT, GOOD))
+            await staying.send(request(path, GOOD))
             await until(1)
-            await leaving.send(request(scenarios.VERDICT, GOOD))
+            await leaving.send(request(path, GOOD))
             await until(2)
             leaving.vanish()
             await until(1)  # its place is free at once, though the network is still busy with another
             opened.set()
             assert (await staying.reply()).status == 200
 
-    with serving(Settings(models=toy_models, max_batch=1)) as running:
+    with gated(toy_models, max_batch=1) as (running, _):
         detector = running.context.registry.get().detector
         finish = detector.finish_judging
 
@@ -77,9 +83,9 @@ def test_what_was_asked_by_somebody_who_left_is_not_computed(toy_models: Path, m
 
         monkeypatch.setattr(detector, "finish_judging", slowly)
         asyncio.run(leave(running.url, lambda: running.context.engine.depth))
-        assert running.client.post(scenarios.VERDICT, content=GOOD, headers=PNG).status_code == 200
+        assert running.client.post(path, content=GOOD, headers=PNG).status_code == 200
         assert judged == [1, 1]
-        labels = {"handler": scenarios.VERDICT, "method": "POST"}
+        labels = {"handler": handler, "method": "POST"}
         assert running.metric("oodgate_http_requests_total", status="499", **labels) == 1
 
 

@@ -66,8 +66,17 @@ class Connection:
             head = (await self._reader.readuntil(b"\r\n\r\n")).decode()
             first, *lines = head.rstrip().split("\r\n")
             headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-            body = await self._reader.readexactly(int(headers["content-length"]))
+            length = headers.get("content-length")  # else in chunks
+            body = await self._chunks() if length is None else await self._reader.readexactly(int(length))
         return Reply(int(first.split()[1]), headers, body)
+
+    async def _chunks(self) -> bytes:
+        body = b""
+        while size := int(await self._reader.readline(), 16):
+            body += await self._reader.readexactly(size)
+            await self._reader.readline()
+        await self._reader.readline()
+        return body
 
     async def closed_by_server(self) -> None:
         """Wait until the server ends the connection."""

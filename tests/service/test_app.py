@@ -30,7 +30,7 @@ from service import Settings, create_app, routes
 from service.metrics import HANDLERS, Metrics
 from service.registry import newest_versions
 from service.settings import unknown_variables
-from tests.helpers import EMBEDDED, encoded, photo
+from tests.helpers import EMBEDDED, GOOD, encoded, photo
 from tests.service.conftest import serving
 
 
@@ -147,6 +147,50 @@ def test_images_are_decoded_by_the_threads_for_it(toy_models: Path, monkeypatch:
         large = encoded(photo(400, 300))
         running.client.post("/v1/verdict", content=large, headers={"content-type": "image/png"})
     assert [name.partition("_")[0] for name in threads] == ["decode"]
+
+
+def test_one_small_image_is_decoded_where_it_came_in_and_many_never_hold_up_the_event_loop(
+    toy_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def decoded(*args: Any) -> Pixels:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return decode(*args)
+
+    monkeypatch.setattr("service.judging.decode", decoded)
+    with serving(Settings(models=toy_models)) as running:
+        assert running.client.post("/v1/verdict", files=[("file", GOOD)]).status_code == 200
+        (alone,) = threads
+        assert running.client.post("/v1/verdict", files=[("file", GOOD)] * 5).status_code == 200
+    assert alone != "decode"
+    assert threads[1:] == ["decode"] * 5
+
+
+def test_a_model_loaded_while_others_are_judged_has_all_its_threads(models: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    with serving(Settings(models=models, state_dir=tmp_path, torch_threads=3)) as running:
+        torch.set_num_threads(1)  # as scoring does now and then
+        loader = running.context.registry._loader
+        assert loader.submit(torch.get_num_threads).result(20) == 3
+    torch.set_num_threads(before)
+
+
+def test_a_chore_that_fails_is_told_and_done_again(
+    toy_models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rounds, again = list[int](), threading.Event()
+
+    async def fails() -> None:
+        rounds.append(len(rounds))
+        if len(rounds) > 1:
+            again.set()
+        raise OSError("the folder is away")
+
+    with serving(Settings(models=toy_models, state_dir=tmp_path, poll_seconds=0.01)) as running:
+        running.context.registry.load_newer = fails  # type: ignore[method-assign]
+        assert again.wait(20)
+    assert "the folder is away" in caplog.text
 
 
 def test_no_endpoint_and_no_dependency_is_sent_through_a_thread_pool() -> None:

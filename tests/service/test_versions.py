@@ -171,6 +171,17 @@ def test_a_choice_that_cannot_be_remembered_is_not_applied(models: Path, tmp_pat
         assert served(running) == "2"
 
 
+def test_what_the_drift_tests_know_may_be_lost_but_no_load_is_left_half_done(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "drift").write_text("a file where a folder should be")
+    with serving(settings(models, tmp_path / "state")) as running:
+        add_version(models, 2)
+        assert load(running.client).status_code == 200
+        assert served(running) == "2"
+        assert running.client.get("/v1/models/toy").json()["forward"]["settled"]
+        assert running.client.get("/v1/models/toy/drift").json()["version"] == "2"
+
+
 def test_a_damaged_choice_is_left_for_the_newest_version(models: Path, tmp_path: Path) -> None:
     add_version(models, 2)
     (tmp_path / "state" / "policy").mkdir(parents=True)

@@ -68,6 +68,20 @@ def test_what_the_tests_know_outlives_a_restart_and_not_another_policy(toy_model
         assert drift(running)["images"] == 0
 
 
+def test_what_the_tests_know_is_kept_before_anything_that_may_take_long(toy_models: Path, tmp_path: Path) -> None:
+    kept: list[bool] = []
+    with serving(settings(toy_models, tmp_path)) as running:
+        registry, close = running.context.registry, running.context.registry.close
+
+        def slowly() -> None:
+            kept.append((tmp_path / "drift" / "toy.json").exists())
+            close()
+
+        registry.close = slowly  # type: ignore[method-assign]
+        assert not (tmp_path / "drift" / "toy.json").exists()
+    assert kept == [True]
+
+
 def test_only_the_admin_resets_and_the_alarm_is_gone(toy_models: Path, tmp_path: Path) -> None:
     with serving(settings(toy_models, tmp_path)) as running:
         send(running.client, [NOISE] * 200)
