@@ -96,7 +96,7 @@ def _context(result: dict[str, Any]) -> str:
         f"{machine['torch_threads']} torch threads and `OMP_WAIT_POLICY=PASSIVE` for everybody. The same network, "
         "weights, preprocessing and images for all; the servers take turns, one running at a time. Peers predict only; "
         "oodgate predicts, scores, decides and counts: in B as the default model did then, by `fusion` with banks of "
-        "1,000 rows; in A, C and D so too, with banks of the 400 photos it was fitted on; in N by energy alone.\n\n"
+        "1,000 rows; in A and C so too, with banks of the 400 photos it was fitted on; in N by energy alone.\n\n"
         "*Efficiency*: images per CPU-second of all the server's processes over a fixed number of requests, 32 under "
         "way, ÷ images per CPU-second of decode + bare forward at batch 16 in one process, measured beside it. "
         "Figures: *median (minimum to maximum)* over the repeats. Open loop: Poisson arrivals at a share of the "
