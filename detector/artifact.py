@@ -188,10 +188,11 @@ def load(directory: Path) -> Artifact:
             raise ArtifactCorrupt(
                 f"{directory / name} differs from its digest in the manifest; copy the directory again"
             )
+    weights = mapped_weights(directory, manifest)
     try:
         artifact = Artifact(
             manifest=manifest,
-            weights=mapped_weights(directory, manifest),
+            weights=weights,
             export=(directory / EXPORT).read_bytes() if EXPORT in manifest.files else None,
             scores=load_file(directory / SCORES),
             calibration=load_file(directory / CALIBRATION),
@@ -206,8 +207,15 @@ def load(directory: Path) -> Artifact:
 
 
 def mapped_weights(directory: Path, manifest: Manifest) -> dict[str, Tensor] | None:
-    """The network's tensors as the file has them, or None where it has none; each takes memory once it is read."""
-    return load_file(directory / WEIGHTS) if WEIGHTS in manifest.files else None
+    """The network's tensors as the file has them, or None where it has none; each takes memory once it is read.
+
+    Raises:
+        ArtifactCorrupt: they cannot be read.
+    """
+    try:
+        return load_file(directory / WEIGHTS) if WEIGHTS in manifest.files else None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactCorrupt(f"{directory}: {error}") from error
 
 
 def read_manifest(directory: Path) -> Manifest:

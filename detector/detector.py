@@ -207,7 +207,7 @@ class Detector:
     def start_judging(self, outputs: Outputs, decider: Decider, *, shadows: bool = True) -> Scored:
         """Start the deciding score, and the shadows unless they are sampled out; does not wait for the device."""
         names = (decider.policy.score_name, *(decider.shadows if shadows else ()))
-        with self.scoring_threads():
+        with torch.inference_mode(), self.scoring_threads():
             scores = score_all(self.fitted, names, outputs)
             if not outputs.checked:
                 finite = outputs.finite()

@@ -43,6 +43,12 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def own_threads(threads: int) -> None:
+    """Give this thread its own number of torch's threads, which no other thread's setting changes afterwards."""
+    torch.get_num_threads()  # a thread takes over, at its first use of torch, what any thread set last: here and now
+    torch.set_num_threads(threads)
+
+
 def return_freed_memory() -> None:
     """Give the system back what was freed, which glibc would keep: after a model is built, and now and then."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):

@@ -200,6 +200,7 @@ class Decider:
         guarantee = policy.guarantee.model_copy(update={"delta": policy.guarantee.delta / promises})
         self.thresholds = self._thresholds(policy.score_name, alpha - alpha_conf, guarantee)
         self.doubt_thresholds = self._thresholds(DOUBT, alpha_conf, guarantee) if alpha_conf else None
+        self._p_cutoffs = [float(cut.p_cutoff) for cut in self.thresholds]
 
     def _thresholds(self, name: str, alpha: Fraction, guarantee: Guarantee) -> list[Threshold]:
         cuts = []
@@ -279,7 +280,7 @@ class Decider:
                     score=score,
                     threshold=cut.value,
                     p_value=p_value,
-                    p_cutoff=float(cut.p_cutoff),
+                    p_cutoff=self._p_cutoffs[group],
                     group=self.calibration.grouping.names[group],
                     target_id_acceptance=self.policy.target_id_acceptance,
                     borderline=torn[i] or abs(score - cut.value) <= tolerance,

@@ -31,6 +31,7 @@ from detector.compiled import CompiledForward
 from detector.compiling import Job
 from detector.detector import Detector
 from detector.errors import BackboneError, OodgateError
+from detector.machine import own_threads
 
 log = logging.getLogger(__name__)
 
@@ -114,13 +115,13 @@ class Settling:
     def _settle(self, eager: Detector, hand_over: Callable[[Detector], None]) -> None:
         told = {"model": eager.manifest.name, "version": eager.manifest.version}
         mode = self._state.mode
-        torch.set_num_threads(self._threads)  # else it has as many as another thread set for itself just now
+        own_threads(self._threads)
         try:
             detector = self._compiled(eager)
             if self._closed:
                 return
             share = share_of_time(detector, eager, lambda: self._closed)
-            if share == inf:
+            if share == inf or self._closed:
                 return
             if share > WORTHWHILE:
                 log.info("the forward stays eager: compiled it takes %.2f times as long", share, extra=told)

@@ -17,7 +17,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from detector.machine import cores
+from detector.machine import cores, own_threads
 
 Outcome = tuple[Tensor, Tensor]
 
@@ -32,7 +32,7 @@ def shared_out(run: Callable[[Tensor], Outcome], images: Tensor) -> Outcome:
     every time. As many threads run side by side as divide both the threads and the pieces.
 
     Meanwhile torch's number of threads is a smaller one: a thread that first uses torch at that moment gets that
-    number, unless it sets its own.
+    number, unless it has its own by `own_threads`.
 
     Args:
         run: may be called by several threads at once.
@@ -50,7 +50,7 @@ def shared_out(run: Callable[[Tensor], Outcome], images: Tensor) -> Outcome:
     done: dict[int, Outcome] = {}
 
     def take_pieces() -> None:
-        torch.set_num_threads(threads // lanes)
+        own_threads(threads // lanes)
         with torch.inference_mode():
             while left:
                 try:

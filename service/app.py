@@ -57,6 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # spans and metrics are ours
     )
     app.state.lifecycle = lifecycle
     problems.install(app)

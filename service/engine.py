@@ -24,6 +24,7 @@ import torch
 from detector.detector import Scored
 from detector.errors import NonFiniteFeatures
 from detector.images import Pixels
+from detector.machine import own_threads
 from service.errors import DeadlinePassed, EngineLost, NotReady, QueueFull, ScoringFailed
 from service.served import Answer, ServedModel, Timing, buckets, padded, warm_up
 
@@ -201,7 +202,7 @@ class Engine:
             while True:
                 try:
                     if self._threads is not None:  # again after a loop that was lost in the middle of a forward
-                        torch.set_num_threads(self._threads)
+                        own_threads(self._threads)
                     self._serve()
                     return
                 except BaseException:  # nothing may end the loop while its budget lasts

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
-
+from detector.machine import own_threads
 from service.errors import QueueFull
 
 T = TypeVar("T")
@@ -25,9 +24,7 @@ class Explainer:
     """
 
     def __init__(self, threads: int) -> None:
-        self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix="explain", initializer=torch.set_num_threads, initargs=(threads,)
-        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="explain", initializer=own_threads, initargs=(threads,))
         self._places = threading.Semaphore(MOST)
 
     async def run(self, work: Callable[[], T]) -> T:

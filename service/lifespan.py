@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 DECODED_BATCHES = 4  # that may be decoded or under way at a time: what waits beyond them takes less memory encoded
 LAG_EVERY_S = 0.25
 SAVE_EVERY_S = 30  # seconds of drift evidence that a crash may cost
+REFRESH_EVERY_S = 1
+RECLAIM_EVERY_S = 30
 
 
 @asynccontextmanager
@@ -165,16 +167,23 @@ def _chores(context: Context) -> Iterator[Callable[[], Coroutine[None, None, Non
         await context.registry.load_newer()
 
     async def refresh_drift() -> None:
-        for _ in range(SAVE_EVERY_S):
-            await asyncio.sleep(1)
-            context.watch.refresh()
+        await asyncio.sleep(REFRESH_EVERY_S)
+        context.watch.refresh()
+
+    async def save_drift() -> None:
+        await asyncio.sleep(SAVE_EVERY_S)
         for write in context.watch.writes():
             await asyncio.to_thread(write)
+
+    async def reclaim() -> None:
+        await asyncio.sleep(RECLAIM_EVERY_S)
         # Else what thousands of short-lived buffers leave between long-lived ones adds up, megabytes an hour.
         await asyncio.to_thread(reclaim_memory)
 
     yield measure_lag
     yield refresh_drift
+    yield save_drift
+    yield reclaim
     if context.settings.poll_seconds:
         yield look_for_versions
 

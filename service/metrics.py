@@ -31,7 +31,7 @@ STAGES = ("read", "decode", "queue", "forward", "score", "respond", "upstream")
 DECISIONS: tuple[Decision, ...] = ("accept", "defer")
 REASONS: tuple[Reason, ...] = ("none", "ood", "low_confidence")
 REJECTIONS = ("queue_full", "deadline", "too_large", "pixels", "bad_image", "media_type", "not_ready")
-GATE_OUTCOMES = ("forwarded", "deferred", "unscored", "refused", "upstream_error")
+GATE_OUTCOMES = ("forwarded", "deferred", "unscored", "refused", "left", "upstream_error")
 GATE = "/gate/{path:path}"
 HANDLERS = {
     "/v1/verdict": ("POST",),

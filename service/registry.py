@@ -16,12 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from detector.artifact import MANIFEST
 from detector.detector import Detector
 from detector.errors import ArtifactCorrupt, ArtifactNotFound, OodgateError, ScoreError
-from detector.machine import reclaim_memory, return_freed_memory
+from detector.machine import own_threads, reclaim_memory, return_freed_memory
 from detector.policy import Policy
 from detector.settling import ForwardState, Settling
 from service.errors import ModelNotFound
@@ -64,9 +62,7 @@ class Registry:
         self._tried: dict[Path, int] = {}  # by manifest: when the file was last changed
         self._settling: dict[str, Settling] = {}
         self._one_change = asyncio.Lock()
-        self._loader = ThreadPoolExecutor(  # with its own number of threads: else it takes what another thread set
-            1, "loader", initializer=torch.set_num_threads, initargs=(settings.torch_threads,)
-        )
+        self._loader = ThreadPoolExecutor(1, "loader", initializer=own_threads, initargs=(settings.torch_threads,))
 
     def load_all(self) -> None:
         """Load and warm of every model the version that the admin went back to, else the newest that can be served.

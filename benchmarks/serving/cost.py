@@ -34,6 +34,7 @@ from benchmarks.serving import load, networks
 from benchmarks.serving.results import RESULTS
 from benchmarks.serving.run import PRECISIONS, SATURATED, WARM_S
 from benchmarks.serving.servers import COSTED, running, stop_cleanly
+from benchmarks.serving.usage import settle
 from benchmarks.serving.workloads import BUILD, ROOT, WORKLOADS, Workload
 from detector.cli import main as serve
 
@@ -91,12 +92,15 @@ def measure(workload: Workload, precision: str, concurrency: int, seconds: float
     return "\n".join([*lines, _functions(profiled), ""])
 
 
-def _run(workload: Workload, precision: str, concurrency: int, seconds: float) -> float:
+def _run(workload: Workload, precision: str, concurrency: int, seconds: float) -> int:
     """How many requests were measured; what a server does once, at the first of them, is over by then."""
     with running(COSTED, workload, precision) as live:
         rate = load.closed(live, concurrency, WARM_S)["images_per_s"]
+        requests = max(LEAST, round(seconds * rate))
+        settle(live.process)  # of what was under way at the end
         live.process.send_signal(BEGIN)
-        return load.closed(live, concurrency, max(seconds, LEAST / rate))["images"]
+        load.counted(live, concurrency, requests)
+        return requests
 
 
 def _functions(requests: float) -> str:

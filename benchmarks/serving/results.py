@@ -16,7 +16,7 @@ import psutil
 
 from benchmarks.serving import environments
 from benchmarks.serving.servers import THREADS
-from benchmarks.serving.workloads import Workload
+from benchmarks.serving.workloads import WORKLOADS, Workload
 
 RESULTS = Path(__file__).parent / "results"
 OURS = ("torch", "torchvision", "numpy", "pillow", "fastapi", "starlette", "uvicorn", "pydantic")
@@ -45,11 +45,20 @@ def write_runs(
     write(path, content | {"failures": [*kept("failures"), *failures], "runs": [*kept("runs"), *runs]})
 
 
-def check_machine(folder: Path, workload: Workload) -> None:
-    """Exit where the workload's runs that are stored there are of another machine: they would be mixed."""
-    path = folder / f"{workload.letter}.json"
-    if path.exists() and json.loads(path.read_text())["machine"] != machine():
-        raise SystemExit(f"{path} is of another machine; give this one a folder of its own, with --out {folder}/NAME")
+def check_machine(folder: Path) -> None:
+    """Exit where runs that are stored there are of another machine: one table would show both."""
+    for letter, stored in stored_runs(folder).items():
+        if stored["machine"] != machine():
+            path = folder / f"{letter}.json"
+            raise SystemExit(
+                f"{path} is of another machine; give this one a folder of its own, with --out {folder}/NAME"
+            )
+
+
+def stored_runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """What was measured of each workload, by its letter."""
+    paths = {letter: folder / f"{letter}.json" for letter in WORKLOADS}
+    return {letter: json.loads(path.read_text()) for letter, path in paths.items() if path.exists()}
 
 
 def common_rate(folder: Path, workload: Workload, peers: Sequence[float]) -> float | None:
@@ -101,7 +110,7 @@ def versions() -> dict[str, str]:
 
 def elsewhere(folder: Path) -> list[Path]:
     """Folders with the results of other machines, by name."""
-    return sorted(path for path in folder.iterdir() if path.is_dir())
+    return sorted(path for path in folder.iterdir() if path.is_dir() and stored_runs(path))
 
 
 def spread(values: Iterable[float]) -> tuple[float, float, float]:

@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=results.RESULTS)
     args = parser.parse_args()
     workload = WORKLOADS[args.workload]
-    results.check_machine(args.out, workload)
+    results.check_machine(args.out)
     networks.ensure(workload)
     stop_cleanly()
     pairs = [

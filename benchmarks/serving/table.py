@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.readme import replaced
 from benchmarks.serving import plots
 from benchmarks.serving.goals import Goal, Measured, Run, closed, goals
-from benchmarks.serving.results import COMMON, PEER_PACKAGES, RESULTS, at_32, efficiency, elsewhere, spread
+from benchmarks.serving.results import COMMON, PEER_PACKAGES, RESULTS, at_32, efficiency, elsewhere, spread, stored_runs
 from benchmarks.serving.servers import PEERS as PEER_NAMES, SERVERS
 from benchmarks.serving.workloads import ROOT, WORKLOADS
 
@@ -38,7 +38,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 def section(folder: Path) -> str:
     """Everything between the markers; a folder in it holds the results of another machine."""
-    stored = _stored(folder)
+    stored = stored_runs(folder)
     experiments = folder / "experiments.json"
     found = json.loads(experiments.read_text())["experiments"] if experiments.exists() else []
     if not stored:
@@ -60,18 +60,12 @@ def section(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _stored(folder: Path) -> dict[str, dict[str, Any]]:
-    return {
-        letter: json.loads(path.read_text()) for letter in WORKLOADS if (path := folder / f"{letter}.json").exists()
-    }
-
-
 def _runs(stored: Mapping[str, dict[str, Any]]) -> dict[str, Sequence[Run]]:
     return {letter: result["runs"] for letter, result in stored.items()}
 
 
 def _other_machine(folder: Path) -> Iterator[str]:
-    stored = _stored(folder)
+    stored = stored_runs(folder)
     measured = Measured(_runs(stored), [])
     yield f"### Another machine: {_machine(next(iter(stored.values())))}"
     yield _goal_table([row for row in goals(measured) if row.values])

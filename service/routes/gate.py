@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 
 from detector.errors import OodgateError
 from detector.policy import Verdict
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 router = APIRouter(tags=["gate"], default_response_class=Response)
 
-Outcome = Literal["forwarded", "deferred", "unscored", "refused", "upstream_error"]
+Outcome = Literal["forwarded", "deferred", "unscored", "refused", "left", "upstream_error"]
 _DOCUMENTED: dict[str, Any] = {
     "summary": "Forward to the app what is accepted",
     "openapi_extra": {"requestBody": IMAGES_BODY},
@@ -114,6 +115,9 @@ async def _respond(request: Request, context: Context) -> Response:
         return await _forward(request, context, context.upstream, target, _headers(request, context, judgement))
     except (UpstreamFailed, UpstreamTimeout):
         outcome = "upstream_error"
+        raise
+    except ClientDisconnect:
+        outcome = "left"
         raise
     finally:
         context.metrics.gate_requests.labels(outcome).inc()

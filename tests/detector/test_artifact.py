@@ -53,6 +53,13 @@ def test_the_weights_that_were_read_to_build_the_network_leave_the_memory_until_
     assert detector.backbone.module is detector.backbone.module
 
 
+def test_weights_that_went_away_while_the_model_was_loaded_are_a_damaged_model(copy: Path) -> None:
+    manifest = artifacts.read_manifest(copy)
+    (copy / WEIGHTS).unlink()
+    with pytest.raises(ArtifactCorrupt, match=re.escape(str(copy))):
+        artifacts.mapped_weights(copy, manifest)
+
+
 def test_the_directory_holds_no_pickle(toy: Path) -> None:
     assert {path.suffix for path in toy.iterdir()} == {".json", ".safetensors"}
 

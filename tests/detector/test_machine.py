@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many cores this process may use."""
+"""How many cores this process may use, and how many threads of torch one of its threads."""
 
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from detector import machine
-from detector.machine import cores
+from detector.machine import cores, one_thread, own_threads
 
 FULL, PERIOD = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"
 
@@ -35,3 +37,10 @@ def test_cores_are_those_of_the_affinity_and_no_more_than_the_cgroup_has_time_fo
     monkeypatch.setattr(machine, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
     assert cores() == found
+
+
+def test_a_thread_keeps_its_own_number_of_torchs_threads_whatever_another_sets() -> None:
+    with ThreadPoolExecutor(1, initializer=own_threads, initargs=(3,)) as thread:
+        thread.submit(int).result()  # begun, and has not used torch yet
+        with one_thread():
+            assert thread.submit(torch.get_num_threads).result() == 3

@@ -72,7 +72,7 @@ def settled(eager: Detector, toy_models: Path, tmp_path_factory: pytest.TempPath
 
 def settle(detector: Detector, model: Path, directory: Path) -> tuple[ForwardState, list[Detector]]:
     handed: list[Detector] = []
-    settling = Settling(detector, model, directory, handed.append, niceness=0)
+    settling = Settling(detector, model, directory, handed.append, threads=THREADS, niceness=0)
     settling.start()
     assert settling.wait(PATIENCE_S)
     settling.close()
@@ -247,7 +247,7 @@ def test_the_eager_forward_leaves_the_memory_when_the_compiled_one_has_taken_ove
 ) -> None:
     detector, handed = Detector.load(toy, device="cpu"), list[Detector]()
     backbone = weakref.ref(detector.backbone)
-    settling = Settling(detector, toy, settled[0], handed.append, niceness=0)
+    settling = Settling(detector, toy, settled[0], handed.append, threads=THREADS, niceness=0)
     del detector
     settling.start()
     assert settling.wait(PATIENCE_S)

@@ -87,6 +87,7 @@ def test_what_was_asked_by_somebody_who_left_is_not_computed(
         assert judged == [1, 1]
         labels = {"handler": handler, "method": "POST"}
         assert running.metric("oodgate_http_requests_total", status="499", **labels) == 1
+        assert running.metric("oodgate_gate_requests_total", outcome="left") == path.startswith("/gate/")
 
 
 def test_what_somebody_who_left_wanted_explained_is_neither_decoded_nor_explained(

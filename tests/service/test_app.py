@@ -170,10 +170,13 @@ def test_one_small_image_is_decoded_where_it_came_in_and_many_never_hold_up_the_
 def test_a_model_loaded_while_others_are_judged_has_all_its_threads(models: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     with serving(Settings(models=models, state_dir=tmp_path, torch_threads=3)) as running:
-        torch.set_num_threads(1)  # as scoring does now and then
         loader = running.context.registry._loader
-        assert loader.submit(torch.get_num_threads).result(20) == 3
-    torch.set_num_threads(before)
+        loader.submit(int).result(20)
+        torch.set_num_threads(1)  # as scoring does now and then
+        try:
+            assert loader.submit(torch.get_num_threads).result(20) == 3
+        finally:
+            torch.set_num_threads(before)
 
 
 def test_a_chore_that_fails_is_told_and_done_again(
@@ -191,6 +194,25 @@ def test_a_chore_that_fails_is_told_and_done_again(
         running.context.registry.load_newer = fails  # type: ignore[method-assign]
         assert again.wait(20)
     assert "the folder is away" in caplog.text
+
+
+def test_what_the_drift_tests_know_is_saved_even_where_they_cannot_be_shown(
+    toy_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed, saved = threading.Event(), threading.Event()
+
+    def fails() -> None:
+        failed.set()
+        raise ValueError
+
+    monkeypatch.setattr("service.lifespan.REFRESH_EVERY_S", 0.01)
+    monkeypatch.setattr("service.lifespan.SAVE_EVERY_S", 0.02)
+    with serving(Settings(models=toy_models, state_dir=tmp_path)) as running:
+        watch = running.context.watch
+        monkeypatch.setattr(watch, "refresh", fails)
+        assert failed.wait(20)
+        monkeypatch.setattr(watch, "writes", lambda: [saved.set])
+        assert saved.wait(20)
 
 
 def test_no_endpoint_and_no_dependency_is_sent_through_a_thread_pool() -> None:
