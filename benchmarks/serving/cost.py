@@ -7,7 +7,7 @@
 
 Both are CPU clocks of threads, so that a neighbour on the machine does not show. The second run is under cProfile,
 which makes small functions look larger than they are: read it for shares, and the first for times. Writes
-benchmarks/serving/results/cost-WORKLOAD.txt, or cost-WORKLOAD-at-1.txt.
+cost-WORKLOAD.txt, or cost-WORKLOAD-at-1.txt, beside the results: give another machine a folder of its own, by --out.
 """
 
 from __future__ import annotations
@@ -132,14 +132,15 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--concurrency", type=int, default=SATURATED)
     parser.add_argument("--seconds", type=float, default=8)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     workload = WORKLOADS[args.workload]
     networks.ensure(workload)
     stop_cleanly()
     report = measure(workload, args.precision, args.concurrency, args.seconds)
     at = "" if args.concurrency == SATURATED else f"-at-{args.concurrency}"
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"cost-{workload.letter}{at}.txt").write_text(report)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"cost-{workload.letter}{at}.txt").write_text(report)
     print(report)
 
 

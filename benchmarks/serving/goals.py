@@ -10,7 +10,7 @@ from math import isfinite
 from statistics import median
 from typing import Any
 
-from benchmarks.serving.results import COMMON, efficiency, spread
+from benchmarks.serving.results import COMMON, efficiency, modes, spread
 from benchmarks.serving.servers import PEERS
 
 Run = dict[str, Any]
@@ -114,7 +114,7 @@ def _against_limit(measured: Measured) -> list[Goal]:
         for asked in ("auto", "fp32", "bf16"):
             runs = measured.of(workload, "oodgate", asked)
             if runs or asked == "fp32":
-                how = f"{runs[0]['precision']} {runs[0]['mode']}" if runs else "fp32 eager"
+                how = f"{runs[0]['precision']} {modes(runs)}" if runs else "fp32 eager"
                 by_itself = ", as set up by itself" if asked == "auto" else ""
                 what = f"{workload}: efficiency against the limit, {how}{by_itself}"
                 rows.append(Goal(what, least, None, _each(runs, efficiency)))

@@ -133,6 +133,11 @@ def efficiency(run: dict[str, Any]) -> float:
     return float(run["counted"]["images_per_cpu_s"] / run["limit"]["images_per_cpu_s"])
 
 
+def modes(runs: Iterable[dict[str, Any]]) -> str:
+    """The forwards that the runs of a server settled on: `compiled`, or `eager or compiled` where they differ."""
+    return " or ".join(dict.fromkeys(run["mode"] for run in runs))
+
+
 def line(run: dict[str, Any]) -> str:
     """One run in one line, for the person who waits."""
     begun = f"ready {run['ready_s']:5.1f} s {run['resident_mb']:6.0f} MB"

@@ -15,7 +15,17 @@ from typing import Any
 from benchmarks.readme import replaced
 from benchmarks.serving import plots
 from benchmarks.serving.goals import Goal, Measured, Run, closed, goals
-from benchmarks.serving.results import COMMON, PEER_PACKAGES, RESULTS, at_32, efficiency, elsewhere, spread, stored_runs
+from benchmarks.serving.results import (
+    COMMON,
+    PEER_PACKAGES,
+    RESULTS,
+    at_32,
+    efficiency,
+    elsewhere,
+    modes,
+    spread,
+    stored_runs,
+)
 from benchmarks.serving.servers import PEERS as PEER_NAMES, SERVERS
 from benchmarks.serving.workloads import ROOT, WORKLOADS
 
@@ -130,7 +140,7 @@ def _workload_table(letter: str, measured: Measured) -> str:
         )
         cells = [
             server,
-            f"{first['precision']} {first['mode']}{asked}",
+            f"{first['precision']} {modes(runs)}{asked}",
             _spread(map(efficiency, runs), 2),
             _spread(map(at_32, runs), 0 if at_32(first) > 200 else 1),
             f"{_level(runs, 1, 'p50_ms')}, {_level(runs, 1, 'p99_ms')}",

@@ -93,25 +93,38 @@ class Capital:
         while played < len(factors):
             if self.images % ROUND == 0:
                 self._deal()
-            before, room = self.alarm, 1 if self.alarm else min(STRETCH, ROUND - self.images % ROUND)
-            played += self._stretch(factors[played : played + room])
+            before = self.alarm
+            if before:  # what is too much is thrown away after each image
+                self._single(factors[played])
+                played += 1
+            else:
+                played += self._stretch(factors[played : played + min(STRETCH, ROUND - self.images % ROUND)])
             self._alarms += self.alarm > before
             if to_turn and self.alarm != before:
                 break
         return played
 
     def _stretch(self, factors: NDArray[np.float64]) -> int:
-        """Play up to the first image with which the alarm turns; without a deal between. Returns images played."""
+        """Play up to the image with which the alarm comes; without a deal between. Returns images played."""
         path = np.cumprod(np.vstack([self._bets, factors]), axis=0)[1:]
         totals = path.sum(axis=1) + self._reserve
-        turns = np.flatnonzero((totals >= self.limit) != self.alarm)
+        turns = np.flatnonzero(totals >= self.limit)
         last = int(turns[0]) if len(turns) else len(factors) - 1
         self._bets, self._total = path[last].copy(), float(totals[last])
         self.images += last + 1
+        self._throw_excess_away()
+        return last + 1
+
+    def _single(self, factors: NDArray[np.float64]) -> None:
+        self._bets = self._bets * factors
+        self._total = self._sum()
+        self.images += 1
+        self._throw_excess_away()
+
+    def _throw_excess_away(self) -> None:
         if self._total > self.limit**2:
             self._bets *= (self.limit**2 - self._reserve) / (self._total - self._reserve)
             self._total = self._sum()
-        return last + 1
 
     def _sum(self) -> float:
         return float(self._bets.sum()) + self._reserve
