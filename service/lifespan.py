@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -84,6 +85,8 @@ async def running(settings: Settings, metrics: Metrics, tokens: Tokens, lifecycl
         chores = [asyncio.create_task(_again_and_again(chore)) for chore in _chores(context)]
         if tokens.open and not is_loopback(settings.host):
             log.warning("open to everybody who reaches it: no tokens are set", extra={"host": settings.host})
+        if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE" and resolve_device(settings.device).type == "cpu":
+            log.warning("OMP_WAIT_POLICY is not PASSIVE: beside another busy process the server may become very slow")
         reclaim_memory()  # what proving and warming the models took
         registry.settle()
         log.info("ready", extra={"models": registry.names, "seconds": round(time.monotonic() - started, 3)})

@@ -89,6 +89,10 @@ def test_the_last_target_is_the_default_and_has_no_compiler_unless_asked() -> No
     assert 'if [ "${COMPILE}" = 1 ]' in last
 
 
+def test_threads_in_the_image_do_not_spin_while_they_wait() -> None:
+    assert "OMP_WAIT_POLICY=PASSIVE" in DOCKERFILE
+
+
 def test_image_names_no_package_index() -> None:
     assert 'ARG TORCH_INDEX_URL=""' in DOCKERFILE
     assert "https://" not in DOCKERFILE

@@ -260,6 +260,7 @@ def test_a_server_is_started_measured_and_stopped(tmp_path: Path, monkeypatch: p
         path.write_bytes(encoded(pixels))
     monkeypatch.setattr(servers, "encoded", lambda _: images)
     with servers.running(SERVERS["oodgate"], WORKLOADS["B"], "fp32") as live:
+        assert live.card()["settled"]
         assert live.labels() == [verdict.prediction.index for verdict in detector().verdicts(toy_images(3, seed=0)[0])]
         found = load.open_loop(live, rate=50, seconds=0.5, seed=0)
         assert usage.cpu_seconds(live.process) > 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small HTTP client on uvloop that is not the bottleneck: open-loop arrivals, counted
+"""A small HTTP client on uvloop, light beside all but the servers of a null model: open-loop arrivals, counted
 requests, and bursts.
 
     python -m benchmarks.serving.client --url URL --content-type TYPE --bodies LIST open --rate R --seconds S --seed N
@@ -92,6 +92,7 @@ class Client:
         self.requests = [f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content for content in contents]
         self._free: list[Connection] = []
         self._turn = self._open = 0
+        self.unsent = 0  # for want of a connection
 
     async def connected(self) -> Connection | None:
         """A connection that nobody uses; None where there are too many."""
@@ -101,6 +102,7 @@ class Client:
                 return connection
             self._open -= 1
         if self._open >= MOST_CONNECTIONS:
+            self.unsent += 1
             return None
         self._open += 1
         _, connection = await asyncio.get_running_loop().create_connection(Connection, self.host, self.port)
@@ -142,7 +144,8 @@ async def open_loop(client: Client, rate: float, seconds: float, seed: int) -> d
         task.cancel()
     latencies = [latency for task in done if (latency := task.result()) is not None]
     failed = len(tasks) - len(latencies)
-    return {"rate": rate, "sent": len(tasks), "failed": failed} | percentiles([*latencies, *[float("inf")] * failed])
+    counts = {"rate": rate, "sent": len(tasks), "failed": failed, "unsent": client.unsent}
+    return counts | percentiles([*latencies, *[float("inf")] * failed])
 
 
 async def count(client: Client, connections: int, requests: int) -> dict[str, float]:

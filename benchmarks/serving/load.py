@@ -92,7 +92,7 @@ def open_loop(running: Running, rate: float, seconds: float, seed: int, *, at_on
         at_once: do not wait until the server is idle.
 
     Returns:
-        rate (images/s), sent, failed, p50_ms, p90_ms, p99_ms, max_ms.
+        rate (images/s), sent, failed, of these unsent because too many were under way, p50_ms, p90_ms, p99_ms, max_ms.
     """
     found: dict[str, float] = _client(
         running, "open", "--rate", f"{rate:.3f}", "--seconds", f"{seconds}", "--seed", str(seed), at_once=at_once

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from detector import machine
-from detector.machine import cores, one_thread, own_threads
+from detector.machine import cores, fast_in_bfloat16, one_thread, own_threads
 
 FULL, PERIOD = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"
 
@@ -44,3 +44,19 @@ def test_a_thread_keeps_its_own_number_of_torchs_threads_whatever_another_sets()
         thread.submit(int).result()  # begun, and has not used torch yet
         with one_thread():
             assert thread.submit(torch.get_num_threads).result() == 3
+
+
+@pytest.mark.parametrize(
+    ("device", "able", "fast"),
+    [
+        ("cuda", {}, True),
+        ("cpu", {"avx512_bf16": True}, True),
+        ("cpu", {"avx512_bf16": False, "amx_bf16": True}, True),
+        ("cpu", {"avx2": True, "avx512_bf16": False}, False),
+    ],
+)
+def test_bfloat16_is_for_devices_that_multiply_in_it(
+    device: str, able: dict[str, bool], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert fast_in_bfloat16(torch.device(device)) == fast

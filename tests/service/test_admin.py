@@ -15,9 +15,11 @@ import pytest
 from starlette.testclient import TestClient
 
 from detector import artifact as artifacts
+from detector.errors import ScoreError
+from detector.fitting import fit
 from service import Settings, create_app
 from service.errors import StateUnwritable
-from tests.helpers import GOOD
+from tests.helpers import GOOD, toy_dataset, toy_network
 from tests.service.conftest import serving
 from tests.service.test_security import bearer, sha256
 from tests.service.test_verdict import NOISE, assert_problem, post
@@ -113,6 +115,20 @@ def test_a_policy_that_cannot_be_kept_changes_nothing(
         assert_problem(running.client.put("/v1/models/toy/policy", json=STRICT | change, headers=BOSS), status, code)
         assert running.client.get("/v1/models/toy/policy").json() == before
         assert not (tmp_path / "state" / "policy").exists()
+
+
+def test_a_score_with_a_backward_pass_neither_decides_nor_is_a_shadow(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    known = toy_dataset(300, 1), toy_dataset(300, 2)
+    fit(toy_network(), *known, models / "toy" / "1", scores=["grood", "grood_norm", "gaia_z"])
+    with serving(settings(models, tmp_path / "state")) as running:
+        policy = STRICT | {"score_name": "gaia_z"}
+        refused = running.client.put("/v1/models/toy/policy", json=policy, headers=BOSS)
+        assert_problem(refused, 422, "score_error")
+        assert "gaia_z" in refused.json()["detail"]
+    shadowed = settings(models, tmp_path / "state", shadow_scores=("gaia_z",))
+    with pytest.raises(ScoreError, match="gaia_z runs a backward pass"), TestClient(create_app(shadowed)):
+        pass
 
 
 def test_a_policy_that_cannot_be_remembered_is_not_applied(models: Path, tmp_path: Path) -> None:

@@ -179,6 +179,16 @@ def test_a_model_loaded_while_others_are_judged_has_all_its_threads(models: Path
             torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("policy", ["", "active", "passive"])
+def test_threads_that_spin_while_they_wait_are_warned_of(
+    toy_models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, policy: str
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    with serving(Settings(models=toy_models, device="cpu")):
+        pass
+    assert ("OMP_WAIT_POLICY is not PASSIVE" in caplog.text) == (policy != "passive")
+
+
 def test_a_chore_that_fails_is_told_and_done_again(
     toy_models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -225,6 +225,22 @@ def test_metrics_count_what_happened(toy_models: Path) -> None:
             assert running.metric("oodgate_stage_duration_seconds_count", stage=stage) >= 1, stage
 
 
+def test_an_image_within_rounding_of_its_threshold_is_said_and_counted(toy_models: Path) -> None:
+    with serving(Settings(models=toy_models)) as running:
+        assert not post(running.client, GOOD).json()["ood"]["borderline"]
+        decider = running.context.registry.get().decider
+        evidence = decider.thresholds[0], post(running.client, GOOD).json()["ood"]["score"]
+        decider.tolerances = {decider.policy.score_name: abs(evidence[0].value - evidence[1])}
+        assert post(running.client, GOOD).json()["ood"]["borderline"]
+        assert running.metric("oodgate_borderline_total", model="toy", version="1", score="grood") == 1
+
+
+def test_shadows_are_answered_in_the_share_that_is_set(toy_models: Path) -> None:
+    with serving(Settings(models=toy_models, shadow_ratio=0.25)) as running:
+        answers = [post(running.client, GOOD).json()["ood"]["shadow"] for _ in range(8)]
+    assert sum("grood_norm" in shadow for shadow in answers) == 2
+
+
 def test_concurrent_callers_get_their_own_answers(shared_server: Running) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
