@@ -106,7 +106,7 @@ class Engine:
         self._running: _Launched | None = None  # the batch on a device that works on its own
         self._in_hand: list[_Work] = []  # the last images taken from the queue; the thread's own
         self._shadow_share = 0.0
-        self._image_seconds = 0.01  # a running estimate of the time one image takes, for Retry-After
+        self._image_seconds = 0.01  # a running estimate of the time one image takes
         self._last_pulse = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
@@ -270,7 +270,11 @@ class Engine:
         """Take the images of the model whose turn it is: a full bucket, or all there are where batches are padded."""
         now = time.monotonic()
         # Before they are counted: a future that is done belongs to a caller who has gone, and a timer tells the late.
-        self._waiting = deque(work for work in self._waiting if work.deadline > now and not work.future.done())
+        waiting = [work for work in self._waiting if work.deadline > now and not work.future.done()]
+        # What would be late at its end is not begun, or a crowd keeps the network busy with answers that nobody gets.
+        soonest = now + self._image_seconds * min(len(waiting), self.buckets[-1])
+        in_time = [work for work in waiting if work.deadline > soonest]
+        self._waiting = deque(in_time or waiting)  # an estimate that lets nothing through is wrong
         if not self._waiting:
             return []
         model = self._waiting[0].model

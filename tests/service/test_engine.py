@@ -358,6 +358,28 @@ def test_callers_who_have_gone_take_no_place_in_a_batch(gone: str) -> None:
     run(body, max_batch=8)
 
 
+@pytest.mark.parametrize(("left_s", "begun"), [((10.0, 600.0), [2]), ((600.0, 600.0), [1, 2]), ((10.0, 10.0), [1, 2])])
+def test_what_would_be_late_at_its_end_is_not_begun_unless_everything_would(
+    left_s: tuple[float, float], begun: list[int]
+) -> None:
+    gate = Gate(is_open=False)
+    model = gate.model
+
+    async def body(engine: Engine) -> None:
+        first = asyncio.create_task(engine.judge(model, image(0), soon(600)))
+        assert await asyncio.to_thread(gate.entered.wait, 20)
+        waiting = [asyncio.create_task(engine.judge(model, image(i + 1), soon(s))) for i, s in enumerate(left_s)]
+        await asyncio.sleep(0)
+        engine._image_seconds = 20.0  # as if batches took so long
+        gate.opened.set()
+        await asyncio.gather(first, *(waiting[i - 1] for i in begun))
+        for task in waiting:
+            task.cancel()
+        assert gate.batches[1:] == [begun]
+
+    run(body)
+
+
 def test_an_idle_engine_holds_no_model() -> None:
     model, freed = Gate().model, threading.Event()
     weakref.finalize(model, freed.set)
