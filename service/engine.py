@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from math import ceil
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class Engine:
     Args:
         max_batch: images in one forward pass.
         capacity: images admitted at once, from decode to answer.
-        timeout_s: seconds after which an image is given up; it counts from admission.
+        timeout_s: seconds after which an image is given up, for the message that says so.
         stall_s: seconds in one batch after which `alive` is false.
         window_s: seconds, from the arrival of the first image, to wait for a fuller batch while the device is idle.
         threads: of torch on the inference thread; as many as it would have by itself where None.
@@ -105,8 +105,9 @@ class Engine:
         self._failing: ServedModel | None = None
         self._running: _Launched | None = None  # the batch on a device that works on its own
         self._in_hand: list[_Work] = []  # the last images taken from the queue; the thread's own
-        self._shadow_share = 0.0
-        self._image_seconds = 0.01  # a running estimate of the time one image takes
+        self._shadow_shares: WeakKeyDictionary[ServedModel, float] = WeakKeyDictionary()
+        self._image_seconds = 0.01  # running estimates of the time one image takes, of any model and of each
+        self._seconds_of: WeakKeyDictionary[ServedModel, float] = WeakKeyDictionary()
         self._last_pulse = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
@@ -267,25 +268,31 @@ class Engine:
         return batch
 
     def _cut(self) -> list[_Work]:
-        """Take the images of the model whose turn it is: a full bucket, or all there are where batches are padded."""
+        """Take images of the model whose image has waited longest, of those that are answered in time."""
         now = time.monotonic()
         # Before they are counted: a future that is done belongs to a caller who has gone, and a timer tells the late.
         waiting = [work for work in self._waiting if work.deadline > now and not work.future.done()]
-        # What would be late at its end is not begun, or a crowd keeps the network busy with answers that nobody gets.
-        soonest = now + self._image_seconds * min(len(waiting), self.buckets[-1])
-        in_time = [work for work in waiting if work.deadline > soonest]
-        self._waiting = deque(in_time or waiting)  # an estimate that lets nothing through is wrong
-        if not self._waiting:
-            return []
-        model = self._waiting[0].model
-        batch = list(islice((work for work in self._waiting if work.model is model), self.buckets[-1]))
-        if not model.detector.asynchronous:
-            batch = batch[: max(bucket for bucket in self.buckets if bucket <= len(batch))]
+        of_model: dict[ServedModel, list[_Work]] = {}
+        for work in waiting:
+            of_model.setdefault(work.model, []).append(work)
+        batches = (self._in_time(model, works, now) for model, works in of_model.items())
+        batch = next(filter(None, batches), waiting[:1])  # an estimate by which nothing is in time may be wrong
         # In hand before they leave the queue: wherever the loop is lost, somebody knows of them.
         self._in_hand = [*(self._running.work if self._running else ()), *batch]
         taken = set(map(id, batch))
-        self._waiting = deque(work for work in self._waiting if id(work) not in taken)
+        self._waiting = deque(work for work in waiting if id(work) not in taken)
         return batch
+
+    def _in_time(self, model: ServedModel, waiting: Sequence[_Work], now: float) -> list[_Work]:
+        """The largest bucket of a model's images that will be in time at its end; more of them where it is padded."""
+        # What would be late is not begun, or a crowd keeps the network busy with answers that nobody gets.
+        seconds = self._seconds_of.get(model, self._image_seconds)
+        for size in reversed(self.buckets):
+            if size <= len(waiting):
+                able = [work for work in waiting if work.deadline > now + seconds * size]
+                if len(able) >= size:
+                    return able[: self.buckets[-1] if model.detector.asynchronous else size]
+        return []
 
     def _wait_for_more(self, until: float) -> None:
         while len(self._waiting) < self.buckets[-1] and not self._closing:
@@ -347,7 +354,10 @@ class Engine:
             for work, verdict in zip(sound, (verdict for verdict in verdicts if verdict.ood.sound), strict=True)
         ]
         self._succeeded()
-        self._image_seconds += 0.1 * ((done - launched.started) / len(batch) - self._image_seconds)
+        took = (done - launched.started) / len(batch)
+        known = self._seconds_of.get(model, self._image_seconds)
+        self._seconds_of[model] = known + 0.1 * (took - known)
+        self._image_seconds += 0.1 * (took - self._image_seconds)
         self._post(lambda: self._deliver(model, sound, answers))
 
     def _failed(self, model: ServedModel, batch: list[_Work], error: Exception) -> None:
@@ -377,11 +387,10 @@ class Engine:
         return None
 
     def _shadows_now(self, model: ServedModel) -> bool:
-        self._shadow_share += model.shadow_ratio
-        if self._shadow_share < 1:
-            return False
-        self._shadow_share -= 1
-        return True
+        share = self._shadow_shares.get(model, 0.0) + model.shadow_ratio
+        due = share >= 1
+        self._shadow_shares[model] = share - due
+        return due
 
     def _fail(self, batch: Sequence[_Work], error: ScoringFailed | EngineLost) -> None:
         def deliver() -> None:

@@ -358,24 +358,52 @@ def test_callers_who_have_gone_take_no_place_in_a_batch(gone: str) -> None:
     run(body, max_batch=8)
 
 
-@pytest.mark.parametrize(("left_s", "begun"), [((10.0, 600.0), [2]), ((600.0, 600.0), [1, 2]), ((10.0, 10.0), [1, 2])])
-def test_what_would_be_late_at_its_end_is_not_begun_unless_everything_would(
-    left_s: tuple[float, float], begun: list[int]
+@pytest.mark.parametrize(
+    ("left_s", "batches"),
+    [
+        ([100, 900, 900, 900, 900], [[2, 3, 4, 5], [1]]),  # 1 would be late in a batch of four, and is not given up
+        ([100, 100, 900], [[3], [1], [2]]),  # a batch of two would be late, of one as well
+        ([190, 190, 190, 190], [[1], [2], [3], [4]]),  # of one in time, while more at once would all be late
+        ([300, 300, 300, 300], [[1, 2], [3, 4]]),
+        ([900, 900, 900, 900], [[1, 2, 3, 4]]),
+        ([100, 100], [[1], [2]]),  # an estimate by which nothing is in time may be wrong
+    ],
+)
+def test_a_batch_is_of_images_that_are_in_time_at_its_end_while_there_are_any(
+    left_s: list[float], batches: list[list[int]]
 ) -> None:
     gate = Gate(is_open=False)
     model = gate.model
 
     async def body(engine: Engine) -> None:
-        first = asyncio.create_task(engine.judge(model, image(0), soon(600)))
+        first = asyncio.create_task(engine.judge(model, image(0), soon(900)))
         assert await asyncio.to_thread(gate.entered.wait, 20)
         waiting = [asyncio.create_task(engine.judge(model, image(i + 1), soon(s))) for i, s in enumerate(left_s)]
         await asyncio.sleep(0)
-        engine._image_seconds = 20.0  # as if batches took so long
+        engine._image_seconds = 150.0  # as if an image took so long
         gate.opened.set()
-        await asyncio.gather(first, *(waiting[i - 1] for i in begun))
-        for task in waiting:
-            task.cancel()
-        assert gate.batches[1:] == [begun]
+        await asyncio.gather(first, *waiting)
+        assert gate.batches[1:] == batches
+
+    run(body)
+
+
+def test_a_slow_model_whose_images_would_be_late_does_not_keep_a_quick_one_waiting() -> None:
+    gate, quick = Gate(is_open=False), Gate()
+    model, other = gate.model, quick.model
+    quick.batches = gate.batches  # in one order
+
+    async def body(engine: Engine) -> None:
+        await engine.judge(other, image(9), soon())
+        first = asyncio.create_task(engine.judge(model, image(0), soon(900)))
+        assert await asyncio.to_thread(gate.entered.wait, 20)
+        slow = [asyncio.create_task(engine.judge(model, image(i), soon(100))) for i in (1, 2)]
+        fast = [asyncio.create_task(engine.judge(other, image(i), soon(100))) for i in (3, 4)]
+        await asyncio.sleep(0)
+        engine._seconds_of[model] = 2000.0
+        gate.opened.set()
+        await asyncio.gather(first, *slow, *fast)
+        assert gate.batches == [[9], [0], [3, 4], [1], [2]]
 
     run(body)
 
@@ -521,6 +549,19 @@ def test_the_window_of_an_image_that_waited_for_the_device_is_over() -> None:
         assert gate.batches == [[0, 1, 2, 3], [9]]
 
     run(body, window_s=40.0)
+
+
+def test_models_that_take_turns_have_their_shadows_scored_alike() -> None:
+    gates = Gate(), Gate()
+    models = [dataclasses.replace(gate.model, shadow_ratio=0.5) for gate in gates]
+
+    async def body(engine: Engine) -> None:
+        for value in range(4):
+            for model in models:
+                await engine.judge(model, image(value), soon())
+        assert [gate.shadows for gate in gates] == [[False, True, False, True]] * 2
+
+    run(body)
 
 
 def test_shadows_are_scored_in_their_share_of_the_batches() -> None:
