@@ -29,7 +29,7 @@ from detector.taps import UNDISTURBED, find_early, find_head, layer, of_this_thr
 
 log = logging.getLogger(__name__)
 
-Mode = Literal["eager", "compiled"]
+Mode = Literal["eager", "compiled", "recorded"]
 
 AGREEMENT: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.1}  # of the largest feature
 SHARED_FROM = 50_000  # weights; a smaller network is done before a second thread is awake

@@ -16,7 +16,6 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +35,7 @@ from detector.detector import Detector
 from detector.errors import BackboneError
 from detector.forward import Forward
 from detector.golden import draw
+from detector.machine import cpu_capabilities
 from detector.outputs import Outputs
 from detector.policy import DOUBT, doubt
 
@@ -66,11 +66,17 @@ class Job(BaseModel):
 
 
 def key(manifest: Manifest, precision: Precision, threads: int) -> str:
-    """Of everything that the libraries and their proof depend on: model, code, torch, processor."""
+    """Of everything that the libraries and their proof depend on: model, code, torch, processor.
+
+    Raises:
+        BackboneError: this torch does not tell what the processor can do.
+    """
     own = Path(__file__).parent
     code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(own.rglob("*.py"))]
     versions = [torch.__version__, *map(_version, ("torchvision", "timm"))]  # which hold networks
-    machine = dict(torch.cpu.get_capabilities())
+    machine = cpu_capabilities()
+    if not machine:  # else a processor could be given code that is made for another
+        raise BackboneError("this torch does not tell what the processor can do; it is compiled from torch 2.12 on")
     parts = [manifest.model_digest, precision, threads, SIZES, versions, code, machine]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -118,7 +124,7 @@ def run(job: Job) -> None:
         for size, path in libraries(made).items():  # each by itself, and what it leaves over by the one for 1
             settled = eager.with_forward(CompiledForward({1: libraries(made)[1], size: path}), {})
             settled.self_test(artifact.golden)
-            moved.append(_moves(eager, settled))
+            moved.append(measured_moves(eager, settled))
         largest = {name: max(each[name] for each in moved) for name in moved[0]}
         (made / MOVES).write_text(json.dumps(largest))
         if not job.out.exists():  # else another process was faster
@@ -145,7 +151,8 @@ def _compiled(network: Forward, images: Tensor, threads: int) -> Path:
     return library
 
 
-def _moves(eager: Detector, settled: Detector) -> Mapping[str, float]:
+def measured_moves(eager: Detector, settled: Detector) -> dict[str, float]:
+    """By score, and DOUBT, how far another form of the same model may move it: by drawn images, with a margin."""
     height, width, _ = eager.backbone.input_shape
     images = draw(height, width, DRAWN, seed=1)
     first, second = (_values(detector, detector.outputs(images)) for detector in (eager, settled))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from detector import artifact as artifacts
 from detector.artifact import GOLDEN_TOLERANCE, Artifact, Manifest
-from detector.backbone import Backbone, Precision, Run
+from detector.backbone import Backbone, Mode, Precision, Run
 from detector.errors import ArtifactCorrupt, ArtifactError, CalibrationError, GoldenMismatch, OodgateError
 from detector.features import bind
 from detector.images import Limits, Pixels, decode, image_ids
@@ -135,13 +135,14 @@ class Detector:
         return_freed_memory()
         return detector
 
-    def with_forward(self, forward: Run, moves: Mapping[str, float]) -> Self:
-        """The same model with its network in a compiled form.
+    def with_forward(self, forward: Run, moves: Mapping[str, float], mode: Mode = "compiled") -> Self:
+        """The same model with its network in another form.
 
         Args:
             forward: that form.
             moves: by score, and DOUBT, how far it may differ from the form that was calibrated; no tolerance becomes
                 smaller.
+            mode: what that form is.
         """
         precision = self.backbone.precision
         known = self.manifest.score_tolerance[precision]
@@ -149,7 +150,7 @@ class Detector:
         manifest = self.manifest.model_copy(
             update={"score_tolerance": self.manifest.score_tolerance | {precision: known | tolerance}}
         )
-        backbone = self.backbone.with_forward(forward, "compiled")
+        backbone = self.backbone.with_forward(forward, mode)
         return type(self)(manifest, backbone, self.fitted, self.calibration, self.splits)
 
     @cached_property

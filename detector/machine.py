@@ -86,9 +86,14 @@ def fast_in_bfloat16(device: torch.device) -> bool:
     A rule rather than a measurement: replicas on the same hardware must decide alike, whatever their neighbours do
     while they start.
     """
-    ask = getattr(torch.cpu, "get_capabilities", dict)  # from torch 2.12 on; before it, fp32 is never wrong
-    able: dict[str, Any] = ask()
+    able = cpu_capabilities()
     return device.type == "cuda" or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def cpu_capabilities() -> dict[str, Any]:
+    """What torch knows of this CPU; nothing before torch 2.12, where fp32 is never wrong."""
+    known: dict[str, Any] = dict(getattr(torch.cpu, "get_capabilities", dict)())
+    return known
 
 
 def has_onednn() -> bool:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve eagerly at once, and change to the compiled forward when it is proven.
+"""Serve eagerly at once, and change to a faster form of the forward when it is proven.
 
-A thread waits for the compiling process, loads what it made, proves it on the golden inputs, and hands over a detector
-if it is the faster one. Whatever fails leaves the eager forward in force, with one line in the log that says why.
+A thread waits for the compiling process and loads what it made, or on a CUDA device records the forward as graphs;
+proves the form on the golden inputs; and hands over a detector if it is the faster one. Whatever fails leaves the eager
+forward in force, with one line in the log that says why.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ import torch
 from detector import artifact as artifacts, compiling
 from detector.backbone import Mode, Precision
 from detector.compiled import CompiledForward
-from detector.compiling import Job
+from detector.compiling import Job, measured_moves
 from detector.detector import Detector
 from detector.errors import BackboneError, OodgateError
 from detector.machine import own_threads
+from detector.recording import Bucketed, recorded
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +52,13 @@ class ForwardState:
 
 
 class Settling:
-    """The way of one served model from its eager to its compiled forward.
+    """The way of one served model from its eager forward to its compiled or recorded one.
 
     Args:
         detector: the model as it serves now.
         model: its directory.
         directory: where compiled forwards are kept between starts; None compiles nothing, nor does a CUDA device.
+        record: whether a CUDA device records its forward as CUDA graphs.
         hand_over: told, once and on another thread, of the detector that is to serve from now on.
         threads: of torch where the model serves; as many as this thread has where None.
         niceness: of the compiling process; 19 takes only what the server leaves.
@@ -68,6 +71,7 @@ class Settling:
         directory: Path | None,
         hand_over: Callable[[Detector], None],
         *,
+        record: bool = False,
         threads: int | None = None,
         niceness: int = 19,
     ) -> None:
@@ -76,7 +80,7 @@ class Settling:
         self._directory = None if directory is None else directory.absolute()  # the compiler runs elsewhere
         self._niceness = niceness
         backbone = detector.backbone
-        wanted = directory is not None and backbone.device.type == "cpu"
+        wanted = record if detector.asynchronous else directory is not None
         self._state = ForwardState(str(backbone.device), backbone.precision, backbone.mode, settled=not wanted)
         self._done = threading.Event()
         self._lock = threading.Lock()  # between `close` and the start of the compiling process
@@ -117,18 +121,19 @@ class Settling:
         mode = self._state.mode
         own_threads(self._threads)
         try:
-            detector = self._compiled(eager)
+            detector = self._recorded(eager) if eager.asynchronous else self._compiled(eager)
             if self._closed:
                 return
             share = share_of_time(detector, eager, lambda: self._closed)
             if share == inf or self._closed:
                 return
             if share > WORTHWHILE:
-                log.info("the forward stays eager: compiled it takes %.2f times as long", share, extra=told)
+                form = detector.backbone.mode
+                log.info("the forward stays eager: %s it takes %.2f times as long", form, share, extra=told)
                 return
             hand_over(detector)
             mode = detector.backbone.mode
-            log.info("the compiled forward serves", extra=told)
+            log.info("the %s forward serves", mode, extra=told)
         except (OodgateError, OSError, ValueError) as error:
             if not self._closed:
                 log.warning("the forward stays eager: %s", error, extra=told)
@@ -161,6 +166,14 @@ class Settling:
         detector.self_test(artifacts.load(self._model).golden)
         return detector
 
+    def _recorded(self, eager: Detector) -> Detector:
+        if eager.backbone.runs_whole:
+            raise BackboneError("torch.fx cannot trace the network, and with hooks on it nothing is recorded")
+        forward = Bucketed(eager.backbone.forward, recorded)
+        unproven = eager.with_forward(forward, {}, "recorded")
+        unproven.self_test(artifacts.load(self._model).golden)
+        return eager.with_forward(forward, measured_moves(eager, unproven), "recorded")
+
     def _compile(self, job: Job) -> None:
         found = compiler()
         if found is None:
@@ -192,7 +205,7 @@ class Settling:
             raise BackboneError(f"the compiling process failed ({self._process.returncode}): {last}")
 
 
-def share_of_time(compiled: Detector, eager: Detector, given_up: Callable[[], bool] = lambda: False) -> float:
+def share_of_time(other: Detector, eager: Detector, given_up: Callable[[], bool] = lambda: False) -> float:
     """The time of one forward over that of the other: the geometric mean for one image and for many, taken in turn.
 
     Infinite where it was given up.
@@ -204,7 +217,7 @@ def share_of_time(compiled: Detector, eager: Detector, given_up: Callable[[], bo
         for _ in range(1 + ROUNDS):
             if given_up():
                 return inf
-            rounds.append([_seconds(detector, images) for detector in (compiled, eager)])
+            rounds.append([_seconds(detector, images) for detector in (other, eager)])
         shares.append(median(first / second for first, second in rounds[1:]))  # the first finds cold caches
     return geometric_mean(shares)
 

@@ -44,7 +44,7 @@ HANDLERS = {
     "/v2/models/{name}/versions/{version}/infer": ("POST",),
     GATE: ("POST", "PUT"),
 }
-STATUSES = ("200", "400", "401", "404", "408", "413", "415", "422", "429", "500", "503", "504")
+STATUSES = ("200", "400", "401", "404", "408", "413", "415", "422", "429", "499", "500", "503", "504")
 P_VALUE_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -150,7 +150,7 @@ class Metrics:
             "model_info", "1; the labels tell the model.", (*MODEL, "score", "network", "digest", "device", "precision")
         )
         self.forward_compiled = gauge(
-            "forward_compiled", "1 while the compiled forward is in force, 0 while the eager one is.", MODEL
+            "forward_compiled", "1 while the compiled or recorded forward is in force, 0 while the eager one is.", MODEL
         )
         self.model_loads = counter("model_loads", "Attempts to load a model.", ("result",))
         self.build_info = gauge("build_info", "1; the label tells the release.", ("version",))
@@ -225,7 +225,7 @@ class Metrics:
             (self.acceptance_upper, (*model, score), high),
             (self.calibrated, (*model, score), manifest.calibration.timestamp),
             (self.model_ready, model, 1),
-            (self.forward_compiled, model, mode == "compiled"),
+            (self.forward_compiled, model, mode != "eager"),
             (self.model_info, (*model, score, network, digest, device, precision), 1),
         ):
             gauge.labels(*labels).set(value)

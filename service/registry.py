@@ -318,8 +318,14 @@ class Registry:
         settings = self._settings
         compiled = settings.state_dir / "compile" if settings.compile == "auto" else None
         name = model.detector.manifest.name
-        hand_over = partial(self._hand_over, model.detector)
-        self._settling[name] = Settling(model.detector, directory, compiled, hand_over, threads=settings.torch_threads)
+        self._settling[name] = Settling(
+            model.detector,
+            directory,
+            compiled,
+            partial(self._hand_over, model.detector),
+            record=settings.cuda_graphs,
+            threads=settings.torch_threads,
+        )
         self._serve(model)
 
     def _hand_over(self, eager: Detector, settled: Detector) -> None:

@@ -130,7 +130,7 @@ class CalibrationBody(BaseModel):
 class ForwardBody(BaseModel):
     device: str
     precision: str
-    mode: str = Field(description="eager, or compiled.")
+    mode: str = Field(description="eager, compiled, or recorded as CUDA graphs.")
     settled: bool = Field(description="Whether it stays so; until then a faster form is being made and proven.")
 
 

@@ -94,6 +94,9 @@ class Settings(BaseSettings):
     compile: Literal["auto", "off"] = Field(
         default="auto", description="auto: make a compiled forward beside the server where there is a C++ compiler."
     )
+    cuda_graphs: bool = Field(
+        default=False, description="On a CUDA device: record the forward as CUDA graphs beside the server."
+    )
     jpeg: Literal["pillow", "nvjpeg"] = Field(
         default="pillow", description="nvjpeg: JPEGs are decoded on the CUDA device; what it refuses, by Pillow."
     )

@@ -14,24 +14,24 @@ import torch
 
 from benchmarks.gpu import jpegs
 from benchmarks.gpu.__main__ import PRECISIONS, golden, main, reached
-from benchmarks.gpu.forms import Bucketed, Run
 from benchmarks.gpu.measures import rates
 from benchmarks.gpu.subject import Subject, bare, subject
-from detector.forward import Forward
+from detector.backbone import Run
+from detector.recording import Bucketed
 from tests.helpers import ROOT
 
 TINY = ["--network", "resnet18", "--size", "32", "--classes", "10", "--bank", "200", "--batches", "1", "3"]
 
 
-def eager(forward: Forward, images: torch.Tensor) -> Run:
+def eager(forward: Run, images: torch.Tensor) -> Run:
     return forward
 
 
-def failing(forward: Forward, images: torch.Tensor) -> Run:
+def failing(forward: Run, images: torch.Tensor) -> Run:
     raise RuntimeError("no compiler")
 
 
-def other(forward: Forward, images: torch.Tensor) -> Run:
+def other(forward: Run, images: torch.Tensor) -> Run:
     def run(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits, penultimate = forward(images)
         return -logits, penultimate

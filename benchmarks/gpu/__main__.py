@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import jpegs
-from benchmarks.gpu.forms import Bucketed, Make, compiled, recorded
+from benchmarks.gpu.forms import compiled
 from benchmarks.gpu.measures import agreement, latency, rates
 from benchmarks.gpu.subject import Subject, bare, subject
 from benchmarks.gpu.table import table
@@ -35,6 +35,7 @@ from detector import Detector, artifact as artifacts
 from detector.backbone import Precision
 from detector.machine import resolve_device
 from detector.nvjpeg import NvJpeg
+from detector.recording import Bucketed, Make, recorded
 
 RESULTS = Path("benchmarks/gpu/results")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")

@@ -340,6 +340,91 @@ def test_a_server_that_is_killed_leaves_neither_the_compiling_process_nor_its_co
     assert not psutil.wait_procs(below, timeout=60)[1]
 
 
+@pytest.fixture
+def working_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device of every detector passes for one that works on its own; what is recorded there runs eagerly here."""
+    monkeypatch.setattr(Detector, "asynchronous", True)
+    monkeypatch.setattr("detector.settling.recorded", lambda forward, images: forward)
+
+
+def record(detector: Detector, model: Path) -> tuple[ForwardState, list[Detector]]:
+    handed: list[Detector] = []
+    settling = Settling(detector, model, None, handed.append, record=True)
+    assert not settling.state.settled
+    settling.start()
+    assert settling.wait(PATIENCE_S)
+    settling.close()
+    return settling.state, handed
+
+
+@pytest.mark.usefixtures("working_alone")
+def test_a_device_that_works_on_its_own_gets_its_forward_recorded(eager: Detector, toy: Path) -> None:
+    state, (recorded,) = record(eager, toy)
+    assert state == ForwardState("cpu", "fp32", "recorded", settled=True)
+    assert recorded.backbone.mode == "recorded"
+    images, _ = toy_images(5, seed=21)
+    torch.testing.assert_close(recorded.outputs(images).logits, eager.outputs(images).logits)
+
+
+@pytest.mark.usefixtures("working_alone")
+def test_a_recorded_forward_with_other_golden_answers_is_left_alone(
+    eager: Detector, toy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def other(forward: Any, images: torch.Tensor) -> Any:
+        return lambda images: tuple(-part for part in forward(images))
+
+    monkeypatch.setattr("detector.settling.recorded", other)
+    stays_eager(record(eager, toy), caplog, "golden")
+
+
+@pytest.mark.usefixtures("working_alone")
+def test_a_recorded_forward_that_is_slower_is_left_alone(
+    eager: Detector, toy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("detector.settling.share_of_time", lambda *_: 1.25)
+    with caplog.at_level(logging.INFO):
+        state, handed = record(eager, toy)
+    assert (state.mode, state.settled, handed) == ("eager", True, [])
+    assert "recorded it takes 1.25 times as long" in caplog.text
+
+
+@pytest.mark.usefixtures("working_alone")
+def test_a_forward_that_cannot_be_recorded_stays_eager(
+    eager: Detector, toy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(forward: Any, images: torch.Tensor) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("detector.settling.recorded", refused)
+    state, handed = record(eager, toy)
+    assert (state.mode, state.settled, handed) == ("eager", True, [])
+    assert "operation not permitted when stream is capturing" in caplog.text
+
+
+@pytest.mark.usefixtures("working_alone")
+def test_nothing_is_recorded_where_it_was_not_asked_for(eager: Detector, toy: Path, tmp_path: Path) -> None:
+    settling = Settling(eager, toy, tmp_path, print)
+    assert settling.state == ForwardState("cpu", "fp32", "eager", settled=True)
+    settling.close()
+
+
+@pytest.mark.usefixtures("working_alone")
+def test_a_server_that_is_told_to_records_the_forward(toy_models: Path) -> None:
+    with serving(Settings(models=toy_models, cuda_graphs=True)) as running:
+        client = running.client
+        wait_until(lambda: client.get("/v1/models/toy").json()["forward"]["settled"])
+        assert client.get("/v1/models/toy").json()["forward"]["mode"] == "recorded"
+        assert post(client, GOOD).status_code == 200
+        assert 'oodgate_forward_compiled{model="toy",version="1"} 1.0' in client.get("/metrics").text
+
+
+def test_a_torch_that_does_not_know_the_processor_compiles_nothing(
+    eager: Detector, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    stays_eager(settle(eager, toy, tmp_path / "compile"), caplog, "from torch 2.12 on")
+
+
 def test_without_a_directory_the_forward_is_settled_at_once(eager: Detector, toy: Path) -> None:
     handed: list[Detector] = []
     settling = Settling(eager, toy, None, handed.append)
