@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -14,6 +15,8 @@ from service.settings import Settings
 
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
 FORM_TYPE = "multipart/form-data"
+# The parser decodes by whatever codec of Python has the name: some raise, and punycode takes a minute for a megabyte.
+_CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"iso-8859-1")
 _BYTES = {"type": "string", "format": "binary"}
 _FORM = {"type": "object", "properties": {"file": {"type": "array", "items": _BYTES}}, "required": ["file"]}
 IMAGES_BODY: dict[str, Any] = {  # for the OpenAPI document
@@ -47,6 +50,9 @@ async def read_images(request: Request, settings: Settings, *, part: str | None 
 
 
 async def _read_form(request: Request, max_images: int, max_bytes: int, part: str | None) -> list[bytes]:
+    charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", _CHARSETS[0])
+    if charset.lower() not in _CHARSETS:
+        raise MalformedForm("the form names a charset that is not supported; send it in UTF-8")
     # One file more than allowed may pass the parser, so that the answer can be ours.
     parser = MultiPartParser(request.headers, request.stream(), max_files=max_images + 1, max_fields=100)
     parser.spool_max_size = max_bytes  # stay in memory: the body limit bounds it, and the disk may be read-only

@@ -16,6 +16,7 @@ from tests.helpers import GOOD, HUGE_PNG, encoded, photo, toy_images
 from tests.service.conftest import Running, serving
 
 PNG = {"content-type": "image/png"}
+FIELD = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n--x--\r\n'
 NOISE = encoded(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
 
 
@@ -102,6 +103,9 @@ def test_an_unknown_model_is_a_404(client: httpx.Client, path: str) -> None:
         (GOOD, "multipart/form-data", 400, "malformed_form"),
         (b"nonsense", "multipart/form-data; boundary=x", 400, "malformed_form"),
         (b"--x--\r\n", "multipart/form-data; boundary=x", 400, "empty_request"),
+        (FIELD, "multipart/form-data; boundary=x; charset=undefined", 400, "malformed_form"),
+        (FIELD, "multipart/form-data; boundary=x; charset=punycode", 400, "malformed_form"),
+        (FIELD, "multipart/form-data; boundary=x; charset=UTF-8", 400, "empty_request"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
