@@ -91,10 +91,10 @@ def _single(request: Request, context: Context, model: ServedModel, result: Judg
 
 def _body(request: Request, context: Context, model: ServedModel, results: Sequence[Judged | OodgateError]) -> Response:
     failures = [result for result in results if isinstance(result, OodgateError)]
-    if len(failures) == len(results) and all(isinstance(failure, ServiceError) for failure in failures):
-        raise failures[0]  # the server failed, not the images: say so in the status
     for failure in failures:
         count_rejection(context, failure)
+    if len(failures) == len(results) and all(isinstance(failure, ServiceError) for failure in failures):
+        raise failures[0]  # the server failed, not the images: say so in the status
     evidence = shows_evidence(context, Asker.of(request))
     bodies = [
         item_body(index, result, model, request.scope["request_id"], evidence=evidence)

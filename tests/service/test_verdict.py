@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from pathlib import Path
 
 import httpx
@@ -227,6 +228,18 @@ def test_metrics_count_what_happened(toy_models: Path) -> None:
         assert running.metric("oodgate_http_requests_total", status="400", **labels) == 1
         for stage in ("read", "decode", "queue", "forward", "score", "respond"):
             assert running.metric("oodgate_stage_duration_seconds_count", stage=stage) >= 1, stage
+
+
+def test_a_form_of_which_every_image_is_late_counts_each_of_them(
+    toy_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = threading.Event()
+    with serving(Settings(models=toy_models, request_timeout_s=0.5)) as running:
+        monkeypatch.setattr(running.context.registry.get().detector, "finish_judging", lambda *_: opened.wait(60))
+        answer = form(running.client, GOOD, NOISE)
+        opened.set()
+        assert_problem(answer, 504, "deadline_passed")
+        assert running.metric("oodgate_requests_rejected_total", reason="deadline") == 2
 
 
 def test_an_image_within_rounding_of_its_threshold_is_said_and_counted(toy_models: Path) -> None:
