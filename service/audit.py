@@ -51,6 +51,7 @@ class Audit:
         self._lines: deque[bytes] = deque()
         self._changed = threading.Condition()
         self._closing = False
+        self._cut = False  # in the middle of the last line
         self._lost = 0
         try:
             make_folder(directory)
@@ -117,19 +118,24 @@ class Audit:
                 return
 
     def _append(self, lines: deque[bytes]) -> bool:
+        """Whether anything was written."""
         if not lines:
             return False
+        batch, written = b"".join(lines), 0
         try:
+            if self._cut:
+                self._file.write(b"\n")
+                self._cut = False
             if self._file.tell() >= self._max_bytes:
                 self._rotate()
-            left = memoryview(b"".join(lines))
-            while left:
-                left = left[self._file.write(left) :]
+            while written < len(batch):
+                written += self._file.write(memoryview(batch)[written:])
         except OSError as error:
-            log.error("the audit log cannot be written", exc_info=error, extra={"lines": len(lines)})
-            self._on_loss(len(lines))
-            return False
-        return True
+            lost = len(lines) - batch.count(b"\n", 0, written)  # a disk that fills up takes a part
+            self._cut |= written > 0 and not batch.endswith(b"\n", 0, written)
+            log.error("the audit log cannot be written", exc_info=error, extra={"lines": lost})
+            self._on_loss(lost)
+        return written > 0
 
     def _sync(self) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import threading
 from pathlib import Path
 
@@ -49,3 +50,23 @@ def test_a_rotation_that_fails_loses_counted_lines_until_it_succeeds(tmp_path: P
     audit.write({"n": 3})
     audit.close()
     assert 3 in lines(tmp_path)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_the_lines_it_has_no_room_for(tmp_path: Path) -> None:
+    lost = threading.Semaphore(0)
+    audit = Audit(tmp_path, max_bytes=10**9, keep=1, on_loss=lost.release)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, before[1]))  # room for two lines and a half
+    try:
+        for n in range(1, 5):
+            audit.write({"n": n, "filling": 400_000 * "x"})
+        assert lost.acquire(timeout=20)
+        assert lost.acquire(timeout=20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    audit.write({"n": 5})
+    audit.close()
+    first, second, cut, last = (tmp_path / "audit.jsonl").read_text().splitlines()
+    assert [json.loads(line)["n"] for line in (first, second, last)] == [1, 2, 5]
+    assert '"n":3' in cut
+    assert not lost.acquire(blocking=False)
