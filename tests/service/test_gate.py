@@ -255,6 +255,84 @@ def test_what_is_no_image_is_refused_even_where_the_gate_fails_open(
     assert outcome(running, "refused") == before + 1
 
 
+def part(head: bytes, body: bytes) -> bytes:
+    return b"--x\r\nContent-Disposition: form-data; " + head + b"\r\n\r\n" + body + b"\r\n"
+
+
+FORM = {"content-type": "multipart/form-data; boundary=x"}
+FILE, HIDDEN = (part(b'name="file"; filename="a.png"', image) for image in (GOOD, NOISE))
+END = b"--x--\r\n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        FILE + part(b"name=\"file\"; filename*=utf-8''b.png", NOISE) + END,
+        FILE + part(b'name="file"; filename*0="b.png"', NOISE) + END,
+        FILE + part(b'name="a\\\\"; filename="b.png"', NOISE) + END,
+        FILE + part(b'name="a; filename=b.png"', NOISE) + END,
+        FILE + part(b'name="file"\r\nContent-Type: application/octet-stream', NOISE) + END,
+        FILE + part(b'name="f"; filename="b.png"\r\nContent-Disposition: form-data; name="a"', NOISE) + END,
+        FILE + part(b'name="a"\r\nX-A: b\nContent-Disposition: form-data; name="f"; filename="b.png"', NOISE) + END,
+        part(b'name="file"; filename="a.png"\r\nContent-Transfer-Encoding: base64', GOOD) + END,
+        FILE + part(b'name="a"', b"text" + HIDDEN) + END,
+        FILE + END + HIDDEN + END,
+        FILE + HIDDEN,
+        FILE + HIDDEN.removesuffix(b"\r\n") + END,
+    ],
+    ids=[
+        "extended name", "continued name", "escape", "semicolon", "type", "header twice", "line feed",
+        "transfer encoding", "within a field", "behind the end", "no end", "no line before the end",
+    ],
+)  # fmt: skip
+def test_no_form_passes_that_is_other_files_to_another_parser(pair: tuple[Running, App], body: bytes) -> None:
+    running, app = pair
+    known = len(app.seen)
+    assert_problem(running.client.post("/gate/album", content=body, headers=FORM), 400, "malformed_form")
+    assert len(app.seen) == known
+
+
+@pytest.mark.parametrize("parameters", ["boundary*=utf-8''y; boundary=x", "boundary=y; boundary=x", "a=b; boundary=x"])
+def test_no_form_passes_that_may_have_another_boundary(pair: tuple[Running, App], parameters: str) -> None:
+    running, app = pair
+    known, kind = len(app.seen), f"multipart/form-data; {parameters}"
+    answer = running.client.post("/gate/album", content=FILE + END, headers={"content-type": kind})
+    assert_problem(answer, 400, "malformed_form")
+    assert len(app.seen) == known
+
+
+def test_a_form_as_clients_of_other_languages_build_it_passes(pair: tuple[Running, App]) -> None:
+    running, app = pair
+    body = (
+        part(b'name="a title"\r\nContent-Type: text/plain; charset=UTF-8\r\nContent-Transfer-Encoding: 8bit', b"mine")
+        + part(b"name=tag", b"sea")
+        + part(b"name=photo; filename=\"a.png\"; filename*=utf-8''a.png\r\nContent-Type: image/png", GOOD)
+        + END
+    )
+    kind = 'Multipart/Form-Data; charset=UTF-8; boundary="x"'
+    assert running.client.post("/gate/album", content=body, headers={"content-type": kind}).text == "the app"
+    assert app.seen[-1].body == body
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("content-type", FORM["content-type"]),
+        ("content_type", FORM["content-type"]),
+        ("content-encoding", "gzip"),
+        ("content_encoding", "gzip"),
+        ("content-encoding", "identity, gzip"),
+    ],
+    ids=" ".join,
+)
+def test_no_body_passes_that_may_be_of_another_kind(pair: tuple[Running, App], more: tuple[str, str]) -> None:
+    running, app = pair
+    known = len(app.seen)
+    answer = running.client.post("/gate/x", content=GOOD, headers=[*PNG.items(), more])
+    assert_problem(answer, 415, "unsupported_media_type")
+    assert len(app.seen) == known
+
+
 def test_headers_of_the_request_go_on_and_those_of_the_connection_do_not(toy_models: Path) -> None:
     tokens: dict[str, Any] = {"tokens": {"camera": sha256("one")}, "gate_upstream_authorization": "Bearer app"}
     with gated(toy_models, "/base/", **tokens) as (running, app):
