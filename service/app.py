@@ -17,7 +17,7 @@ from service.door import Door
 from service.lifespan import running
 from service.metrics import Metrics
 from service.routes import admin, console, explain, gate, health, models, monitor, oip, report, verdict
-from service.security import Tokens, read_tokens
+from service.security import BadTokens, Tokens, is_loopback, read_tokens
 from service.server import DOOR
 from service.settings import Settings
 from service.tracing import Tracing
@@ -26,12 +26,13 @@ from service.tracing import Tracing
 def create_app(settings: Settings) -> FastAPI:
     """The server as an ASGI app; its models are loaded, proven and warmed when it starts.
 
+    Raises:
+        BadTokens: the tokens cannot be read, or there are none and other machines could ask.
+
     Raises, at start:
         ArtifactNotFound, ArtifactCorrupt, GoldenMismatch: a model cannot be served; the message says why.
     """
-    metrics, lifecycle = Metrics(), Lifecycle()
-    users = dict(settings.tokens) | (read_tokens(settings.tokens_file) if settings.tokens_file else {})
-    tokens = Tokens(users, settings.admin_token_sha256)
+    metrics, lifecycle, tokens = Metrics(), Lifecycle(), _tokens(settings)
     tracing = Tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
 
     @asynccontextmanager
@@ -66,3 +67,16 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(admin.changing)
     openapi.document(app)
     return app
+
+
+def _tokens(settings: Settings) -> Tokens:
+    users = dict(settings.tokens) | (read_tokens(settings.tokens_file) if settings.tokens_file else {})
+    tokens = Tokens(users, settings.admin_token_sha256)
+    # The settings know that there is a file, and not whether it names anybody.
+    if tokens.open and not (settings.allow_open or is_loopback(settings.host)):
+        raise BadTokens(
+            f"OODGATE_HOST {settings.host} is reached from other machines, and neither OODGATE_TOKENS nor "
+            "OODGATE_TOKENS_FILE names a caller's token: add one (`oodgate token` makes it), or set "
+            "OODGATE_ALLOW_OPEN=true where the network itself is guarded"
+        )
+    return tokens

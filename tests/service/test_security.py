@@ -106,6 +106,24 @@ def test_an_open_server_stays_on_this_machine_unless_told(host: str) -> None:
     assert Settings(host=host, tokens={"a": sha256("x")}).host == host
 
 
+@pytest.mark.parametrize("content", ["", "# cameras\n\n"])
+def test_a_token_file_that_names_nobody_does_not_open_the_server(
+    content: str, toy_models: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(content)
+    with pytest.raises(BadTokens, match="OODGATE_ALLOW_OPEN"):
+        create_app(Settings(models=toy_models, host="0.0.0.0", tokens_file=file))
+    create_app(Settings(models=toy_models, host="0.0.0.0", tokens_file=file, allow_open=True))
+    create_app(Settings(models=toy_models, host="127.0.0.1", tokens_file=file))
+
+
+def test_a_callers_token_that_is_the_admins_does_not_open_the_server(toy_models: Path) -> None:
+    tokens, admin = {"a": sha256("x")}, sha256("x")
+    with pytest.raises(BadTokens, match="OODGATE_ALLOW_OPEN"):
+        create_app(Settings(models=toy_models, host="0.0.0.0", tokens=tokens, admin_token_sha256=admin))
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.1.2.3"])
 def test_this_machine_needs_no_token(host: str) -> None:
     assert Settings(host=host).host == host
