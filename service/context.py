@@ -54,6 +54,12 @@ class Context:
     recent: Recent
     jpegs: JpegDecoder | None
 
+    @property
+    def ready(self) -> bool:
+        """Whether traffic may be sent here: a model is loaded, batches succeed, and no stop has begun."""
+        working = self.engine.accepting and self.engine.alive and self.engine.healthy
+        return self.registry.ready and working and not self.lifecycle.draining
+
 
 async def _context(request: Request) -> Context:  # a plain function would be sent through a thread
     context: Context = request.app.state.context

@@ -82,6 +82,7 @@ async def running(settings: Settings, metrics: Metrics, tokens: Tokens, lifecycl
             recent,
             jpegs,
         )
+        metrics.ready.set_function(lambda: context.ready)
         chores = [asyncio.create_task(_again_and_again(chore)) for chore in _chores(context)]
         if tokens.open and not is_loopback(settings.host):
             log.warning("open to everybody who reaches it: no tokens are set", extra={"host": settings.host})

@@ -146,6 +146,7 @@ class Metrics:
         )
         self.calibrated = gauge("calibration_timestamp_seconds", "When the model was calibrated.", SCORED)
         self.model_ready = gauge("model_ready", "1 where the model is loaded and passed its self-test.", MODEL)
+        self.ready = gauge("ready", "1 while the server says that it is ready for traffic.")
         self.model_info = gauge(
             "model_info", "1; the labels tell the model.", (*MODEL, "score", "network", "digest", "device", "precision")
         )

@@ -30,10 +30,8 @@ async def live(context: Ctx) -> JSONResponse:
 @router.get("/v2/health/ready", operation_id="ready", summary="May traffic be sent here?")
 async def ready(context: Ctx) -> JSONResponse:
     """200 once a model is loaded, proven and warm, while batches succeed, until the server begins to stop."""
-    engine = context.engine
-    working = engine.accepting and engine.alive and engine.healthy
-    is_ready = context.registry.ready and working and not context.lifecycle.draining
-    return JSONResponse({"ready": is_ready, "live": engine.alive}, 200 if is_ready else 503)
+    is_ready = context.ready
+    return JSONResponse({"ready": is_ready, "live": context.engine.alive}, 200 if is_ready else 503)
 
 
 @router.get(

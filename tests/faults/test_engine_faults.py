@@ -57,10 +57,12 @@ def test_failing_batches_answer_problems_and_turn_readiness_until_they_succeed(
         answer = faulty.client.post(scenarios.VERDICT, content=GOOD, headers=PNG)
         assert told in assert_problem(answer, 500, "scoring_failed")
     assert (probe(faulty, "live"), probe(faulty, "ready")) == (200, 503)
+    assert "oodgate_ready 0.0" in faulty.client.get("/metrics").text
     logged = len(faulty.log)
     order(faulty, "none")
     faulty.wait_logged(after=logged, message="the engine works again")  # without a request
     assert (probe(faulty, "live"), probe(faulty, "ready"), post(faulty)) == (200, 200, 200)
+    assert "oodgate_ready 1.0" in faulty.client.get("/metrics").text
 
 
 def test_under_load_a_fault_costs_its_own_batches_alone(faulty: Process) -> None:

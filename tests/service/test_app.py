@@ -68,6 +68,14 @@ def test_health_and_metrics_answer(client: httpx.Client) -> None:
     assert openmetrics.text.endswith("# EOF\n")
 
 
+def test_a_server_that_drains_is_not_ready_and_its_metric_says_the_same(toy_models: Path) -> None:
+    with serving(Settings(models=toy_models)) as running:
+        assert "oodgate_ready 1.0" in running.client.get("/metrics").text
+        running.app.state.lifecycle.drain()
+        assert running.client.get("/v2/health/ready").json() == {"ready": False, "live": True}
+        assert "oodgate_ready 0.0" in running.client.get("/metrics").text
+
+
 def test_what_counts_stands_at_0_before_the_first_request(toy_models: Path) -> None:
     with serving(Settings(models=toy_models)) as running:
         families = list(text_string_to_metric_families(running.client.get("/metrics").text))

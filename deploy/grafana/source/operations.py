@@ -26,10 +26,13 @@ def _now(found: Dashboard) -> Dashboard:
     return (
         found.with_panel(
             number(
-                "Model ready",
-                "1 where the model is loaded and passed its self-test. An instance that is missing here serves nothing:"
-                " see OodgateNotReady in the runbook.",
-                {"{{model}} {{version}} {{instance}}": f"oodgate_model_ready{{{OF_MODEL}}}"},
+                "Ready",
+                "1 where the instance says that it is ready, and where the model is loaded and passed its self-test. An"
+                " instance that is missing here, or at 0, serves nothing: see OodgateNotReady in the runbook.",
+                {
+                    "{{instance}}": f"oodgate_ready{{{OF_INSTANCE}}}",
+                    "{{model}} {{version}} {{instance}}": f"oodgate_model_ready{{{OF_MODEL}}}",
+                },
                 "short",
                 {None: "red", 1: "green"},
             )
