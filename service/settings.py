@@ -58,9 +58,9 @@ class Settings(BaseSettings):
     )
     audit_keep: int = Field(default=15, ge=1, description="Audit files kept beside the one being written.")
     thin_s: float = Field(
-        default=0.0, ge=0, description="Drift tests see one image a source in so many seconds; 0: every image."
+        default=0.0, ge=0, description="A model's drift tests see one image a source in so many seconds; 0: all."
     )
-    source_labels: int = Field(default=20, ge=1, le=1000, description="Sources with a series of their own.")
+    source_labels: int = Field(default=20, ge=1, le=1000, description="Sources of a model with a series of their own.")
     expose: Literal["all", "decision"] = Field(
         default="all", description="decision: scores and p-values are for the admin alone."
     )

@@ -39,7 +39,9 @@ class _Stream:
 
     model: ServedModel
     drifts: list[Drift]
+    thin: Thin | None  # its own: a camera may show one frame to several models
     classes: TopK
+    sources: TopK
     waiting: list[tuple[int, float, bool]] = field(default_factory=list)  # group, score, deferred as OOD
 
 
@@ -55,8 +57,8 @@ class Watch:
         self._settings, self._metrics = settings, metrics
         self._directory = settings.state_dir / "drift"
         self._streams: dict[str, _Stream] = {}
-        self._sources = TopK(settings.source_labels)
-        self._thin = Thin(settings.thin_s, time.monotonic) if settings.thin_s else None
+        # By name and version, as the series that they bound, which outlive a policy and an unload.
+        self._labels: dict[tuple[str, str], tuple[TopK, TopK]] = {}
 
     def begin(self, model: ServedModel) -> None:
         """Watch a model that is served from now on; the tests go on where the same model and policy were left."""
@@ -74,7 +76,10 @@ class Watch:
             _resumed(name, stored.get(reference.group), reference) for reference in references(manifest, model.decider)
         ]
         classes = manifest.class_names
-        self._streams[name] = _Stream(model, drifts, TopK(min(CLASS_LABELS, len(classes))))
+        thin = Thin(self._settings.thin_s, time.monotonic) if self._settings.thin_s else None
+        new = TopK(CLASS_LABELS), TopK(self._settings.source_labels)
+        labels = self._labels.setdefault((name, manifest.version), new)
+        self._streams[name] = _Stream(model, drifts, thin, *labels)
         self._metrics.expect(manifest, classes if len(classes) <= CLASS_LABELS else [OTHER], [OTHER])
         self._show(self._streams[name])
 
@@ -96,11 +101,11 @@ class Watch:
         stream = self._streams.get(manifest.name)
         if stream is None or stream.model.decider is not model.decider:
             return
-        label, displaced = self._sources.label(source)
+        label, displaced = stream.sources.label(source)
         self._metrics.count_source(manifest, label, displaced, verdict.decision)
         label, displaced = stream.classes.label(verdict.prediction.label)
         self._metrics.count_class(manifest, label, displaced, verdict.decision)
-        if self._thin is not None and not self._thin.keep(source):
+        if stream.thin is not None and not stream.thin.keep(source):
             return
         group = model.decider.calibration.grouping.of_class[verdict.prediction.index]
         stream.waiting.append((group, verdict.ood.score, verdict.reason == "ood"))

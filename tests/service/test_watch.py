@@ -9,9 +9,13 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
+from prometheus_client import Counter
 
+from detector import artifact as artifacts
 from service import Settings
-from tests.helpers import encoded, toy_images
+from service.drift import OTHER
+from tests.helpers import GOOD, encoded, toy_images
 from tests.service.conftest import Running, serving
 from tests.service.test_admin import BOSS, STRICT, settings
 from tests.service.test_verdict import NOISE, assert_problem
@@ -23,18 +27,32 @@ def known(n: int, seed: int = 60) -> list[bytes]:
     return [encoded(image) for image in toy_images(n, seed)[0]]
 
 
-def send(client: httpx.Client, images: Sequence[bytes], source: str = "") -> None:
+def send(client: httpx.Client, images: Sequence[bytes], source: str = "", model: str = "toy") -> None:
     headers = {"X-OODGate-Source": source} if source else {}
     for start in range(0, len(images), 64):
         files = [("file", (f"{i}.png", image)) for i, image in enumerate(images[start : start + 64])]
-        assert client.post("/v1/verdict", files=files, headers=headers).status_code == 200
+        assert client.post(f"/v1/models/{model}/verdict", files=files, headers=headers).status_code == 200
 
 
-def drift(running: Running) -> dict[str, Any]:
-    answer: dict[str, Any] = running.client.get("/v1/models/toy/drift").json()
+def drift(running: Running, model: str = "toy") -> dict[str, Any]:
+    answer: dict[str, Any] = running.client.get(f"/v1/models/{model}/drift").json()
     running.context.watch.refresh()
     group: dict[str, Any] = answer["groups"]["all"]
     return group
+
+
+def values(counter: Counter, label: str, model: str) -> set[str]:
+    """Of a label, that have a series of this model."""
+    samples = [sample for family in counter.collect() for sample in family.samples]
+    return {sample.labels[label] for sample in samples if sample.labels["model"] == model}
+
+
+@pytest.fixture
+def two_models(models: Path) -> Path:
+    other = artifacts.load(models / "toy" / "1")
+    other.manifest = other.manifest.model_copy(update={"name": "other"})
+    artifacts.save(other, models / "other" / "1")
+    return models
 
 
 def test_every_series_exists_before_the_first_image(toy_models: Path, tmp_path: Path) -> None:
@@ -115,6 +133,39 @@ def test_a_burst_counts_once_for_the_drift_tests(toy_models: Path, tmp_path: Pat
         send(running.client, known(50), "camera-1")
         send(running.client, known(50), "camera-2")
         assert drift(running)["images"] == 2
+
+
+def test_a_camera_that_asks_two_models_in_turn_counts_for_the_drift_tests_of_both(
+    two_models: Path, tmp_path: Path
+) -> None:
+    with serving(settings(two_models, tmp_path / "state", thin_s=3600)) as running:
+        for image in known(3):
+            for model in ("toy", "other"):
+                send(running.client, [image], "camera", model)
+        assert [drift(running, model)["images"] for model in ("toy", "other")] == [1, 1]
+
+
+def test_a_source_that_one_model_knows_takes_no_label_at_another(two_models: Path, tmp_path: Path) -> None:
+    with serving(settings(two_models, tmp_path / "state", source_labels=1)) as running:
+        for model in ("toy", "other"):
+            send(running.client, [GOOD], "door", model)
+        send(running.client, [GOOD] * 5, "yard", "toy")  # displaces the door there
+        send(running.client, [GOOD], "yard", "other")
+        sources = running.context.metrics.source_decisions
+        assert values(sources, "source", "toy") == {"yard", OTHER}
+        assert values(sources, "source", "other") == {"door", OTHER}
+
+
+def test_another_policy_adds_no_labels(toy_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.watch.CLASS_LABELS", 1)
+    images, labels = toy_images(40, 60)
+    red, green = (encoded(images[labels == label][0]) for label in (0, 1))
+    with serving(settings(toy_models, tmp_path, source_labels=1)) as running:
+        send(running.client, [red], "door")
+        assert running.client.put("/v1/models/toy/policy", json=STRICT, headers=BOSS).status_code == 200
+        send(running.client, [green], "yard")
+        assert values(running.context.metrics.class_decisions, "label", "toy") == {"red", OTHER}
+        assert values(running.context.metrics.source_decisions, "source", "toy") == {"door", OTHER}
 
 
 def test_a_damaged_drift_state_costs_its_memory_and_no_more(toy_models: Path, tmp_path: Path) -> None:
