@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from detector.policy import Decider
+from detector.policy import Decider, Policy
 from service.metrics import LATENCY_BUCKETS, STAGES, Metrics
 from service.served import Answer, ServedModel
 
@@ -26,15 +26,22 @@ DRIFT = ("oodgate_drift_", "oodgate_control_limit_", "oodgate_window_deferral_")
 
 
 @dataclass
+class _Seen:
+    """Ten seconds of one model under one policy."""
+
+    accepted: int = 0
+    deferred: int = 0
+    classes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    p_values: Counter[int] = field(default_factory=Counter)
+
+
+@dataclass
 class _Slot:
-    """Ten seconds: counts by model, and the stage histograms as they stood when it began."""
+    """Ten seconds: counts by model and policy, and the stage histograms as they stood when it began."""
 
     number: int
     stages: dict[str, Values]
-    accepted: Counter[str] = field(default_factory=Counter)
-    deferred: Counter[str] = field(default_factory=Counter)
-    classes: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    p_values: Counter[tuple[str, int]] = field(default_factory=Counter)
+    seen: defaultdict[tuple[str, Policy], _Seen] = field(default_factory=lambda: defaultdict(_Seen))
 
 
 class Recent:
@@ -52,12 +59,13 @@ class Recent:
 
     def count(self, model: ServedModel, answers: Sequence[Answer]) -> None:
         """Take in a batch."""
-        slot, name = self._current(), model.detector.manifest.name
+        seen = self._current().seen[_decided_by(model)]
         for answer in answers:
             verdict = answer.verdict
-            (slot.accepted if verdict.decision == "accept" else slot.deferred)[name] += 1
-            slot.classes[name, verdict.prediction.label, verdict.decision] += 1
-            slot.p_values[name, min(BINS - 1, int(verdict.ood.p_value * BINS))] += 1
+            seen.accepted += verdict.decision == "accept"
+            seen.deferred += verdict.decision == "defer"
+            seen.classes[verdict.prediction.label, verdict.decision] += 1
+            seen.p_values[min(BINS - 1, int(verdict.ood.p_value * BINS))] += 1
 
     def report(self, models: Sequence[ServedModel]) -> dict[str, Any]:
         """The window as JSON: by slot, oldest first, the present one last."""
@@ -72,20 +80,18 @@ class Recent:
         }
 
     def _of_model(self, model: ServedModel, numbers: Sequence[int]) -> dict[str, Any]:
-        name, decider = model.detector.manifest.name, model.decider
-        of_number = {slot.number: slot for slot in self._slots}
-        accepted = [of_number[n].accepted[name] if n in of_number else 0 for n in numbers]
-        deferred = [of_number[n].deferred[name] if n in of_number else 0 for n in numbers]
+        decider, key = model.decider, _decided_by(model)
+        of_number = {slot.number: slot.seen[key] for slot in self._slots if key in slot.seen}
+        accepted = [of_number[n].accepted if n in of_number else 0 for n in numbers]
+        deferred = [of_number[n].deferred if n in of_number else 0 for n in numbers]
         images = np.add(accepted, deferred)
         classes: dict[str, dict[str, int]] = {}
         p_values = [0] * BINS
-        for slot in self._slots:
-            for (owner, label, decision), seen in slot.classes.items():
-                if owner == name:
-                    of_class = classes.setdefault(label, {"accept": 0, "defer": 0})
-                    of_class[decision] += seen
-            for (owner, part), seen in slot.p_values.items():
-                p_values[part] += seen if owner == name else 0
+        for seen in of_number.values():
+            for (label, decision), images_of in seen.classes.items():
+                classes.setdefault(label, {"accept": 0, "defer": 0})[decision] += images_of
+            for part, images_of in seen.p_values.items():
+                p_values[part] += images_of
         return {
             "version": model.detector.manifest.version,
             "score": decider.policy.score_name,
@@ -127,6 +133,11 @@ class Recent:
             if family.name.startswith(DRIFT) and family.type == "gauge"
             for sample in family.samples
         }
+
+
+def _decided_by(model: ServedModel) -> tuple[str, Policy]:
+    # What another version or policy decided says nothing of these limits; a decider would hold on to its calibration.
+    return model.detector.manifest.model_digest, model.decider.policy
 
 
 def control_limits(decider: Decider, images: Sequence[int]) -> list[tuple[float, float] | None]:

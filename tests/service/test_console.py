@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from service.routes.console import PAGE, ROOT, assets
 from service.served import Answer, Timing
 from tests.helpers import GOOD, encoded, toy_images
 from tests.service.conftest import Running, serving
+from tests.service.test_admin import BOSS, STRICT, add_version, load, settings
 from tests.service.test_verdict import assert_problem
 
 PNG = {"content-type": "image/png"}
@@ -153,6 +155,25 @@ def test_the_monitor_counts_what_was_judged(toy_models: Path) -> None:
     low, high = model["limits"][-1]
     assert 0 <= low < high <= 1
     assert model["limits"][0] is None
+
+
+def _stricter(client: httpx.Client) -> httpx.Response:
+    return client.put("/v1/models/toy/policy", json=STRICT, headers=BOSS)
+
+
+@pytest.mark.parametrize("change", [_stricter, load])
+def test_the_monitor_holds_no_other_policys_or_versions_decisions_against_the_limits_in_force(
+    models: Path, tmp_path: Path, change: Callable[[httpx.Client], httpx.Response]
+) -> None:
+    with serving(settings(models, tmp_path / "state")) as running:
+        assert running.client.post("/v1/verdict", content=GOOD, headers=PNG).status_code == 200
+        add_version(models, 2)
+        assert change(running.client).status_code == 200
+        model = running.client.get("/v1/monitor").json()["models"]["toy"]
+        assert sum(model["accepted"] + model["deferred"] + model["p_values"]) == 0
+        assert (model["classes"], model["limits"][-1]) == ({}, None)
+        assert running.client.post("/v1/verdict", content=GOOD, headers=PNG).status_code == 200
+        assert sum(sum(part) for part in _counts(running)) == 1
 
 
 def test_what_is_older_than_the_window_is_forgotten(shared_server: Running) -> None:
