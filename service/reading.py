@@ -22,6 +22,7 @@ _CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"iso-8859-1")
 _PLAIN_FORM = re.compile(
     r'multipart/form-data *; *(?:charset=[\w-]+ *; *)?boundary=("?)([^\s",;\\]+)\1 *(?:; *charset=[\w-]+ *)?', re.I
 )
+_FIELD_TYPES = (b"text/plain", b"application/json")
 _PLAIN_FIELD = re.compile(rb'form-data *; *name=("?)[^";\\]*\1 *', re.I)
 _BYTES = {"type": "string", "format": "binary"}
 _FORM = {"type": "object", "properties": {"file": {"type": "array", "items": _BYTES}}, "required": ["file"]}
@@ -89,12 +90,11 @@ class _PlainParser(MultiPartParser):
         if headers.get(b"content-transfer-encoding", b"binary").strip().lower() not in (b"7bit", b"8bit", b"binary"):
             raise MalformedForm("a part of the form has a transfer encoding; send files as they are")
         kind = headers.get(b"content-type", b"text/plain").partition(b";")[0].strip().lower()
-        if part.file is None and not (
-            kind == b"text/plain" and _PLAIN_FIELD.fullmatch(headers[b"content-disposition"])
-        ):
+        if part.file is None and not (kind in _FIELD_TYPES and _PLAIN_FIELD.fullmatch(headers[b"content-disposition"])):
             raise MalformedForm(
                 "a part of the form that is no file could be taken for one; give it its name alone, without quotes, "
-                "semicolons or backslashes in it, and no content type but text/plain. A file has a plain `filename`"
+                "semicolons or backslashes in it, and no content type but text/plain or application/json. A file has a "
+                "plain `filename`"
             )
 
     def check(self, body: bytes) -> None:

@@ -306,6 +306,7 @@ def test_a_form_as_clients_of_other_languages_build_it_passes(pair: tuple[Runnin
     body = (
         part(b'name="a title"\r\nContent-Type: text/plain; charset=UTF-8\r\nContent-Transfer-Encoding: 8bit', b"mine")
         + part(b"name=tag", b"sea")
+        + part(b'name="meta"\r\nContent-Type: application/json', b"{}")
         + part(b"name=photo; filename=\"a.png\"; filename*=utf-8''a.png\r\nContent-Type: image/png", GOOD)
         + END
     )
