@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import TypeVar
 
-from detector.artifact import MANIFEST
+import torch
+
+from detector.artifact import MANIFEST, REPORT, read_manifest
 from detector.detector import Detector
-from detector.errors import ArtifactCorrupt, ArtifactNotFound, OodgateError, ScoreError
+from detector.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, OodgateError, ScoreError
 from detector.machine import own_threads, reclaim_memory, return_freed_memory
 from detector.policy import Policy
 from detector.settling import ForwardState, Settling
@@ -31,6 +36,8 @@ from service.versions import PinnedVersions
 from service.watch import Watch
 
 log = logging.getLogger(__name__)
+
+RETRY_S = 60  # seconds until polling tries a version again that failed for a reason which may pass
 
 T = TypeVar("T")
 
@@ -59,7 +66,7 @@ class Registry:
         self._models: dict[str, ServedModel] = {}
         self._pinned = PinnedVersions(settings.state_dir)
         self._failures: dict[Path, LoadFailure] = {}  # by version
-        self._tried: dict[Path, int] = {}  # by manifest: when the file was last changed
+        self._tried: dict[Path, tuple[dict[str, object], float]] = {}  # by version: as it was, until when
         self._settling: dict[str, Settling] = {}
         self._one_change = asyncio.Lock()
         self._loader = ThreadPoolExecutor(1, "loader", initializer=own_threads, initargs=(settings.torch_threads,))
@@ -190,7 +197,8 @@ class Registry:
             remember = partial(self._pinned.release, name)
         else:
             remember = partial(self._pinned.pin, name, directory.name, changed_by)
-        return await self._replace(directory, remember)
+        async with self._one_change:
+            return await self._replace(directory, remember)
 
     async def unload(self, name: str) -> None:
         """Serve a model no more, until it is loaded or a newer version is found.
@@ -201,8 +209,9 @@ class Registry:
         """
         async with self._one_change:
             version = self.get(name).detector.manifest.version
+            tried = await self._aside(lambda: {path: (_as_it_is(path), inf) for path in self._versions(name)})
             await self._aside(partial(self._pinned.release, name))
-            self._tried |= {path: _changed(path) for path in self._versions(name)}
+            self._tried |= tried
             self._watch.end(name)
             self._metrics.retire(name)
             self._models = {other: served for other, served in self._models.items() if other != name}
@@ -233,23 +242,39 @@ class Registry:
     async def load_newer(self) -> None:
         """Load each version on disk that is newer than the one served and has not been tried as it is.
 
-        A version that the admin went back to stays.
+        A version that the admin went back to stays. One that failed for a reason which may pass is tried again.
         """
         for directory in await self._aside(partial(newest_versions, self._settings.models)):
-            name = directory.parent.name
-            served = self._models.get(name)
-            if served is not None and _number(directory) <= int(served.detector.manifest.version):
-                continue
             try:
-                changed = _changed(directory)
-                if self._tried.get(directory) == changed or (served is not None and self.pinned(name)):
-                    continue
-                self._tried[directory] = changed
-                await self._replace(directory)
+                async with self._one_change:  # decided before it, this could undo what the admin changes meanwhile
+                    await self._load_if_newer(directory)
             except OodgateError as error:
                 log.error("a new version cannot be served: %s", error, extra={"code": error.code})
-            except Exception as error:  # a device out of memory, a folder that vanished: look again next time
+            except Exception as error:
                 log.error("a new version cannot be served", exc_info=error)
+
+    async def _load_if_newer(self, directory: Path) -> None:
+        if not self._newer(directory):
+            return
+        as_it_is = await self._aside(partial(_as_it_is, directory))
+        known, until = self._tried.get(directory, (None, inf))
+        if known == as_it_is and time.monotonic() < until:
+            return
+        self._tried[directory] = as_it_is, inf
+        try:
+            await self._replace(directory)
+        except Exception as error:
+            if _may_pass(error):
+                self._tried[directory] = as_it_is, time.monotonic() + RETRY_S
+            raise
+
+    def _newer(self, directory: Path) -> bool:
+        """Whether a version may take over by itself from what is served."""
+        name = directory.parent.name
+        served = self._models.get(name)
+        if served is None:
+            return True
+        return _number(directory) > int(served.detector.manifest.version) and not self.pinned(name)
 
     def close(self) -> None:
         """End what loads and what compiles."""
@@ -258,14 +283,14 @@ class Registry:
             settling.close()
 
     async def _replace(self, directory: Path, remember: Callable[[], None] = lambda: None) -> ServedModel:
+        """Load a version and serve it; for whoever holds the lock."""
         name = directory.parent.name
-        async with self._one_change:
-            model = await self._aside(partial(self._load, directory))
-            await self._aside(remember)
-            self._failures = {path: why for path, why in self._failures.items() if path.exists()}
-            before = self._settling.get(name)
-            self._take(model, directory)
-            self._settling[name].start()
+        model = await self._aside(partial(self._load, directory))
+        await self._aside(remember)
+        self._failures = {path: why for path, why in self._failures.items() if path.exists()}
+        before = self._settling.get(name)
+        self._take(model, directory)
+        self._settling[name].start()
         if before is not None:
             await self._aside(partial(_let_go, before))
         return model
@@ -359,8 +384,18 @@ def _number(directory: Path) -> int:
     return int(directory.name)
 
 
-def _changed(directory: Path) -> int:
-    return (directory / MANIFEST).stat().st_mtime_ns
+def _as_it_is(directory: Path) -> dict[str, object]:
+    """What changes when a version is mended or replaced, and not when it is only evaluated again."""
+    files: dict[str, object] = {}
+    with suppress(ArtifactError, OSError):  # a manifest that is none is told by its time, as every other file
+        files |= {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
+        files |= {MANIFEST: read_manifest(directory).model_digest, REPORT: REPORT in files}
+    return files
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a load failed for more than what the version's files say: a device out of memory, a disk."""
+    return not isinstance(error, OodgateError) or isinstance(error.__cause__, OSError | torch.cuda.OutOfMemoryError)
 
 
 def _failure(version: str, error: Exception) -> LoadFailure:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shutil
@@ -19,6 +20,7 @@ import torch
 
 from detector import Detector, artifact as artifacts
 from detector.artifact import MANIFEST, SCORES
+from service.registry import newest_versions
 from tests.helpers import GOOD
 from tests.service.conftest import Running, serving
 from tests.service.test_admin import BOSS, add_version, load, settings
@@ -228,6 +230,84 @@ def test_polling_leaves_what_the_admin_chose_or_unloaded(models: Path, tmp_path:
         assert polled.wait(20)
         assert served(running) == "1"
         assert registry.names == ["toy"]
+
+
+def poll(running: Running) -> None:
+    """Look for newer versions once, as the chore does again and again."""
+    registry = running.context.registry
+    asyncio.run_coroutine_threadsafe(registry.load_newer(), registry._loop).result(60)
+
+
+@pytest.mark.parametrize(("change", "left"), [("load", [("toy", "1")]), ("unload", [])])
+def test_polling_undoes_nothing_that_the_admin_changed_while_it_looked(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, left: list[tuple[str, str]]
+) -> None:
+    looked, changing = threading.Event(), threading.Event()
+
+    def slowly(folder: Path) -> list[Path]:
+        found = newest_versions(folder)
+        looked.set()
+        assert changing.wait(20)
+        return found
+
+    add_version(models, 2)
+    with serving(settings(models, tmp_path / "state")) as running, ThreadPoolExecutor(1) as pool:
+        registry = running.context.registry
+        begin = getattr(registry, change)
+
+        async def begun(*args: Any) -> Any:
+            registry._loop.call_soon(changing.set)  # when the change has begun, and waits for the loader
+            return await begin(*args)
+
+        monkeypatch.setattr(registry, change, begun)
+        monkeypatch.setattr("service.registry.newest_versions", slowly)
+        add_version(models, 3)
+        polled = pool.submit(poll, running)
+        assert looked.wait(20)
+        changed = load(running.client, "1") if change == "load" else unload(running.client)
+        assert changed.status_code == 200
+        polled.result(60)
+        assert [(name, registry.get(name).detector.manifest.version) for name in registry.names] == left
+
+
+def test_an_evaluation_brings_no_unloaded_model_back(models: Path, tmp_path: Path) -> None:
+    with serving(settings(models, tmp_path / "state")) as running:
+        assert unload(running.client).status_code == 200
+        artifacts.replace_report(models / "toy" / "1", {"id": {"n": 5}}, {})
+        poll(running)
+        assert running.context.registry.names == []
+
+
+def test_polling_tries_a_damaged_version_again_when_the_damaged_file_is_mended(models: Path, tmp_path: Path) -> None:
+    with serving(settings(models, tmp_path / "state")) as running:
+        broken = add_broken(models, 2)
+        for _ in range(2):
+            poll(running)
+        assert running.metric("oodgate_model_loads_total", result="failure") == 1
+        shutil.copy(models / "toy" / "1" / SCORES, broken / SCORES)
+        poll(running)
+        assert served(running) == "2"
+
+
+@pytest.mark.parametrize(("pause", "version"), [(0, "2"), (3600, "1")])
+@pytest.mark.parametrize("place", ["load", "self_test"])
+def test_polling_tries_a_version_that_found_no_memory_again_after_a_pause(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, pause: float, version: str
+) -> None:
+    whole = getattr(Detector, place)
+
+    def out_of_memory(*args: Any, **options: Any) -> None:
+        monkeypatch.setattr(Detector, place, whole)
+        raise torch.cuda.OutOfMemoryError("injected")
+
+    with serving(settings(models, tmp_path / "state")) as running:
+        add_version(models, 2)
+        monkeypatch.setattr("service.registry.RETRY_S", pause)
+        monkeypatch.setattr(Detector, place, out_of_memory)
+        for _ in range(2):
+            poll(running)
+        assert running.metric("oodgate_model_loads_total", result="failure") == 1
+        assert served(running) == version
 
 
 def test_the_reason_why_the_newest_failed_outlives_other_loads_and_goes_with_it(models: Path, tmp_path: Path) -> None:
