@@ -26,6 +26,11 @@ class StoredPolicy(BaseModel):
     changed_by: str
 
 
+def completed(asked: Policy, in_force: Policy) -> Policy:
+    """A whole policy: what was set of the one asked for; what was left out stays as it is in force."""
+    return in_force.model_copy(update={member: getattr(asked, member) for member in asked.model_fields_set})
+
+
 class Policies:
     """One file a model under the state folder, replaced as a whole.
 

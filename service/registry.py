@@ -29,7 +29,7 @@ from detector.policy import Policy
 from detector.settling import ForwardState, Settling
 from service.errors import ModelNotFound
 from service.metrics import Metrics
-from service.policies import Policies
+from service.policies import Policies, completed
 from service.served import ServedModel, buckets, warm_up
 from service.settings import Settings
 from service.versions import PinnedVersions
@@ -219,8 +219,10 @@ class Registry:
         await self._aside(partial(_let_go, settling))
         log.info("model unloaded", extra={"model": name, "version": version})
 
-    async def set_policy(self, name: str, policy: Policy, changed_by: str) -> ServedModel:
+    async def set_policy(self, name: str, asked: Policy, changed_by: str) -> ServedModel:
         """Decide by another policy from now on, recomputed from the stored calibration scores; it outlives a restart.
+
+        What was not set in `asked` stays as it is in force when its turn comes.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -229,6 +231,7 @@ class Registry:
         """
         async with self._one_change:
             model = self.get(name)
+            policy = completed(asked, model.decider.policy)
             wanted = self._under(model, policy)  # what cannot be kept is not remembered
             await self._aside(wanted.decider.expected_acceptance)  # drawn once
             digest = model.detector.manifest.model_digest

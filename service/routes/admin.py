@@ -82,10 +82,8 @@ async def get_policy(name: str, context: Ctx) -> Policy:
 async def put_policy(name: str, policy: Policy, request: Request, context: Ctx) -> ModelCard:
     """Recomputed from the stored calibration scores, without a refit; it outlives a restart. What is left out stays
     as it is in force. 422 where the calibration cannot keep what the policy promises."""
-    in_force = context.registry.get(name).decider.policy
-    policy = in_force.model_copy(update={member: getattr(policy, member) for member in policy.model_fields_set})
-    await context.registry.set_policy(name, policy, request.scope["caller"].name)
-    _audit(context, request, "policy", model=name, policy=policy.model_dump())
+    model = await context.registry.set_policy(name, policy, request.scope["caller"].name)
+    _audit(context, request, "policy", model=name, policy=model.decider.policy.model_dump())
     return model_card(context.registry, name)
 
 

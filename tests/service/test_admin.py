@@ -7,6 +7,9 @@ import base64
 import hashlib
 import json
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from detector import artifact as artifacts
+from detector import Detector, artifact as artifacts
 from detector.errors import ScoreError
 from detector.fitting import fit
 from service import Settings, create_app
@@ -67,6 +70,39 @@ def test_what_a_policy_leaves_out_stays_as_it_is_in_force(models: Path, tmp_path
         assert changed.status_code == 200
         policy = running.client.get("/v1/models/toy/policy").json()
         assert policy == STRICT | {"target_id_acceptance": 0.85, "alpha_conf": 0.0}
+
+
+def test_policies_that_wait_for_a_version_change_what_is_then_in_force(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, loading, asked = Detector.load, threading.Event(), threading.Semaphore(0)
+
+    def slowly(directory: Path, **options: Any) -> Detector:
+        loading.set()
+        for _ in range(2):
+            assert asked.acquire(timeout=20)
+        return read(directory, **options)
+
+    with serving(settings(models, tmp_path / "state")) as running, ThreadPoolExecutor(3) as pool:
+        assert running.client.put("/v1/models/toy/policy", json=STRICT, headers=BOSS).status_code == 200
+        registry = running.context.registry
+        set_policy = registry.set_policy
+
+        async def announced(*args: Any) -> Any:
+            registry._loop.call_soon(asked.release)  # when it waits for its turn
+            return await set_policy(*args)
+
+        monkeypatch.setattr(Detector, "load", slowly)
+        monkeypatch.setattr(registry, "set_policy", announced)
+        add_version(models, 2)
+        loaded = pool.submit(load, running.client)
+        assert loading.wait(20)
+        parts = {"score_name": "knn"}, {"guarantee": {"kind": "marginal", "delta": 0.1}}
+        put = partial(running.client.put, "/v1/models/toy/policy", headers=BOSS)
+        changes = [loaded, *(pool.submit(put, json=part) for part in parts)]
+        assert [change.result().status_code for change in changes] == [200, 200, 200]
+        own = artifacts.read_manifest(models / "toy" / "2").policy.model_dump()
+        assert running.client.get("/v1/models/toy/policy").json() == own | parts[0] | parts[1]
 
 
 def test_alpha_conf_is_a_share_of_the_images_taken_from_the_budget(models: Path, tmp_path: Path) -> None:
