@@ -27,8 +27,10 @@ class StoredPolicy(BaseModel):
 
 
 def completed(asked: Policy, in_force: Policy) -> Policy:
-    """A whole policy: what was set of the one asked for; what was left out stays as it is in force."""
-    return in_force.model_copy(update={member: getattr(asked, member) for member in asked.model_fields_set})
+    """A whole policy: what was set of the one asked for; what was left out, of its guarantee too, stays as in force."""
+    changes = asked.model_dump(exclude_unset=True)
+    guarantee = in_force.guarantee.model_copy(update=changes.get("guarantee", {}))
+    return in_force.model_copy(update=changes | {"guarantee": guarantee})
 
 
 class Policies:

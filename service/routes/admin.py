@@ -80,8 +80,8 @@ async def get_policy(name: str, context: Ctx) -> Policy:
 @changing.put("/v1/models/{name}/policy", operation_id="put_policy", summary="Decide by another policy: for the admin",
               responses=_REFUSED)  # fmt: skip
 async def put_policy(name: str, policy: Policy, request: Request, context: Ctx) -> ModelCard:
-    """Recomputed from the stored calibration scores, without a refit; it outlives a restart. What is left out stays
-    as it is in force. 422 where the calibration cannot keep what the policy promises."""
+    """Recomputed from the stored calibration scores, without a refit; it outlives a restart. What is left out, of
+    the guarantee too, stays as it is in force. 422 where the calibration cannot keep what the policy promises."""
     model = await context.registry.set_policy(name, policy, request.scope["caller"].name)
     _audit(context, request, "policy", model=name, policy=model.decider.policy.model_dump())
     return model_card(context.registry, name)

@@ -17,12 +17,13 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from detector import Detector, artifact as artifacts
+from detector import Detector, Policy, artifact as artifacts
+from detector.calibration import Guarantee
 from detector.errors import ScoreError
 from detector.fitting import fit
 from service import Settings, create_app
 from service.errors import StateUnwritable
-from tests.helpers import GOOD, toy_dataset, toy_network
+from tests.helpers import GOOD, toy_dataset, toy_model, toy_network
 from tests.service.conftest import serving
 from tests.service.test_security import bearer, sha256
 from tests.service.test_verdict import NOISE, assert_problem, post
@@ -70,6 +71,16 @@ def test_what_a_policy_leaves_out_stays_as_it_is_in_force(models: Path, tmp_path
         assert changed.status_code == 200
         policy = running.client.get("/v1/models/toy/policy").json()
         assert policy == STRICT | {"target_id_acceptance": 0.85, "alpha_conf": 0.0}
+
+
+@pytest.mark.parametrize("part", [{"kind": "pac"}, {"delta": 0.02}, {}])
+def test_what_a_guarantee_leaves_out_stays_as_it_is_in_force(tmp_path: Path, part: dict[str, Any]) -> None:
+    own = Guarantee(kind="marginal", delta=0.01)
+    toy_model(tmp_path / "models" / "toy" / "1", policy=Policy(guarantee=own))
+    with serving(settings(tmp_path / "models", tmp_path / "state")) as running:
+        change = {"score_name": "grood_norm", "guarantee": part}
+        assert running.client.put("/v1/models/toy/policy", json=change, headers=BOSS).status_code == 200
+        assert running.client.get("/v1/models/toy/policy").json()["guarantee"] == own.model_dump() | part
 
 
 def test_policies_that_wait_for_a_version_change_what_is_then_in_force(

@@ -113,6 +113,14 @@ def test_another_policy_gives_what_the_server_would_decide(
     assert result.by_model["toy 1"] == result.all
 
 
+def test_a_guarantee_asked_for_by_its_kind_alone_is_the_one_that_the_server_then_keeps(tmp_path: Path) -> None:
+    own = toy_model(tmp_path / "toy" / "1", policy=Policy(guarantee=Guarantee(delta=0.01))).policy
+    change = {"target_id_acceptance": 0.9, "guarantee": {"kind": "simultaneous"}}
+    with serving(Settings(models=tmp_path, state_dir=tmp_path / "state", admin_token_sha256=sha256("boss"))) as running:
+        assert running.client.put("/v1/models/toy/policy", json=change, headers=BOSS).status_code == 200
+        assert running.client.get("/v1/models/toy/policy").json() == asked(change).of(own).model_dump()
+
+
 def test_every_class_keeps_its_own_threshold(tmp_path: Path) -> None:
     fit(
         toy_network(),
