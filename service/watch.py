@@ -129,13 +129,23 @@ class Watch:
         return {"model": name, "version": stream.model.detector.manifest.version, "groups": groups}
 
     def reset(self, name: str, test: TestName | Literal["all"]) -> None:
-        """Start a test of a model anew, in every group; KeyError where it is not watched."""
+        """Start a test of a model anew, in every group; it outlives a restart.
+
+        Raises:
+            KeyError: the model is not watched.
+            StateUnwritable: it could not be remembered, so nothing was changed.
+        """
         stream = self._streams[name]
         self._feed(stream)
+        before = [(drift.state(), drift.reference) for drift in stream.drifts]
         for drift in stream.drifts:
             drift.reset(test)
+        try:
+            write_whole(self._path(name), _states(stream))
+        except StateUnwritable:
+            stream.drifts = [Drift.from_state(state, reference) for state, reference in before]
+            raise
         self._show(stream)
-        write_whole(self._path(name), _states(stream))
 
     def writes(self) -> list[Callable[[], None]]:
         """What puts on disk what the tests know now, one for each model; for any thread, since a disk may be slow."""

@@ -114,6 +114,19 @@ def test_only_the_admin_resets_and_the_alarm_is_gone(toy_models: Path, tmp_path:
         assert_problem(wrong, 400, "malformed_request")
 
 
+def test_a_reset_that_cannot_be_remembered_changes_nothing(toy_models: Path, tmp_path: Path) -> None:
+    (tmp_path / "drift").write_text("a file where a folder should be")
+    with serving(settings(toy_models, tmp_path)) as running:
+        send(running.client, [NOISE] * 200)
+        before = drift(running)
+        assert before["alarms"]["cusum"]
+        refused = running.client.post("/v1/models/toy/drift/reset", headers=BOSS)
+        assert_problem(refused, 500, "state_unwritable")
+        assert drift(running) == before
+        assert running.metric("oodgate_drift_alarm", test="cusum", **NAMES) == 1
+    assert "drift_reset" not in (tmp_path / "audit" / "audit.jsonl").read_text()
+
+
 def test_decisions_are_counted_by_class_and_by_source_with_few_labels(toy_models: Path, tmp_path: Path) -> None:
     with serving(settings(toy_models, tmp_path, source_labels=2)) as running:
         for source in ("door", "yard", "gate-3", "bad source!"):
