@@ -198,7 +198,7 @@ def load(directory: Path) -> Artifact:
             calibration=load_file(directory / CALIBRATION),
             splits=load_file(directory / SPLITS),
             golden=load_file(directory / GOLDEN),
-            report=_report(directory, manifest),
+            report=read_report(directory, manifest),
         )
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactCorrupt(f"{directory}: {error}") from error
@@ -238,6 +238,18 @@ def read_manifest(directory: Path) -> Manifest:
     if digest != manifest.model_digest:
         raise ArtifactCorrupt(f"{path} differs from its own digest; it was edited after it was written")
     return manifest
+
+
+def read_report(directory: Path, manifest: Manifest) -> dict[str, Any]:
+    """The stored evaluation; empty where it is missing or damaged, for it influences no verdict and keeps none back."""
+    try:
+        content = (directory / REPORT).read_bytes()
+        if hashlib.sha256(content).hexdigest() != manifest.files.get(REPORT):
+            return {}
+        report: dict[str, Any] = json.loads(content)
+    except (OSError, ValueError):
+        return {}
+    return report
 
 
 def replace_report(directory: Path, report: Mapping[str, Any], summary: Mapping[str, Any]) -> Manifest:
@@ -303,14 +315,6 @@ def _model_digest(content: Mapping[str, Any]) -> str:
     kept["calibration"] = {name: value for name, value in content["calibration"].items() if name != "timestamp"}
     kept["files"] = {name: digest for name, digest in content["files"].items() if name != REPORT}
     return "sha256:" + hashlib.sha256(_canonical(kept)).hexdigest()
-
-
-def _report(directory: Path, manifest: Manifest) -> dict[str, Any]:
-    # A report influences no verdict, so a damaged one must not keep a model from serving.
-    if file_digest(directory / REPORT) != manifest.files[REPORT]:
-        return {}
-    content: dict[str, Any] = json.loads((directory / REPORT).read_text())
-    return content
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

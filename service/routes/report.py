@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request
 
-from detector.artifact import REPORT
-from detector.errors import TooFewSamples
+from detector.artifact import read_manifest, read_report
+from detector.errors import ArtifactError, TooFewSamples
 from detector.metrics import histogram, histogram_edges
 from detector.policy import Decider, Policy
 from service.context import Ctx
@@ -39,14 +38,14 @@ async def report(name: str, request: Request, context: Ctx) -> dict[str, Any]:
         raise AdminOnly("scores and thresholds are shown to the admin alone here")
     model = context.registry.get(name)
     manifest = model.detector.manifest
-    path = context.settings.models / manifest.name / manifest.version / REPORT
-    return await in_decoder(context, float("inf"), partial(_report, model, path))
+    directory = context.settings.models / manifest.name / manifest.version
+    return await in_decoder(context, float("inf"), partial(_report, model, directory))
 
 
-def _report(model: ServedModel, path: Path) -> dict[str, Any]:
+def _report(model: ServedModel, directory: Path) -> dict[str, Any]:
     decider = model.decider
     name = decider.policy.score_name
-    stored = json.loads(path.read_text()) if path.exists() else {}
+    stored = _stored(model, directory)
     of_score = stored.get("scores", {}).get(name, {})
     return {
         "score": name,
@@ -61,6 +60,15 @@ def _report(model: ServedModel, path: Path) -> dict[str, Any]:
         },
         "targets": targets(model, of_score.get("p_values")),
     }
+
+
+def _stored(model: ServedModel, directory: Path) -> dict[str, Any]:
+    """The evaluation on disk; empty where there is none, a damaged one, or one of another model than is served."""
+    try:
+        manifest = read_manifest(directory)  # as it is now: `oodgate evaluate` replaces it with the report
+    except (ArtifactError, OSError):
+        return {}
+    return read_report(directory, manifest) if manifest.model_digest == model.detector.manifest.model_digest else {}
 
 
 def calibration(decider: Decider) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,7 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detector import Detector, artifact as artifacts
+from detector import Detector, Policy, artifact as artifacts
+from detector.artifact import MANIFEST, REPORT
 from detector.explain import Explanation, explain as real_explain
 from detector.images import Pixels, decode
 from service import Settings
@@ -29,7 +31,7 @@ from service.metrics import Metrics
 from service.recent import SLOT_S, SLOTS, Recent
 from service.routes.console import PAGE, ROOT, assets
 from service.served import Answer, Timing
-from tests.helpers import GOOD, encoded, toy_images
+from tests.helpers import GOOD, encoded, toy_images, toy_model
 from tests.service.conftest import Running, serving
 from tests.service.test_admin import BOSS, STRICT, add_version, load, settings
 from tests.service.test_verdict import assert_problem
@@ -216,6 +218,44 @@ def test_the_report_says_what_other_targets_would_defer(client: httpx.Client) ->
     current = next(target for target in targets if target["target_id_acceptance"] == 0.95)
     assert current["threshold"] == report["calibration"][0]["threshold"]
     assert sum(report["calibration"][0]["counts"]) == 300
+
+
+def refitted(directory: Path) -> None:
+    shutil.rmtree(directory)
+    toy_model(directory, policy=Policy(target_id_acceptance=0.9))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda directory: (directory / REPORT).write_text((directory / REPORT).read_text()[:100]),
+        lambda directory: (directory / REPORT).write_text('{"id": []}'),
+        lambda directory: (directory / REPORT).unlink(),
+        lambda directory: (directory / MANIFEST).write_text("{half"),
+        lambda directory: shutil.rmtree(directory),
+        refitted,
+    ],
+    ids=["cut", "altered", "gone", "manifest", "all gone", "refitted"],
+)
+def test_an_evaluation_that_is_damaged_or_of_another_model_is_left_out_of_the_report(
+    models: Path, damage: Callable[[Path], object]
+) -> None:
+    with serving(Settings(models=models)) as running:
+        whole = running.client.get("/v1/models/toy/report").json()
+        assert whole["evaluation"]["id"]["n"] == 200
+        damage(models / "toy" / "1")
+        answer = running.client.get("/v1/models/toy/report")
+        assert answer.status_code == 200
+        assert answer.json()["evaluation"] == {
+            "id": None, "decisions": {}, "ood": {}, "shifted": {}, "p_values": None,
+        }  # fmt: skip
+        assert answer.json()["calibration"] == whole["calibration"]
+
+
+def test_the_report_shows_an_evaluation_that_was_stored_while_serving(models: Path) -> None:
+    with serving(Settings(models=models)) as running:
+        artifacts.replace_report(models / "toy" / "1", {"id": {"n": 7}}, {})
+        assert running.client.get("/v1/models/toy/report").json()["evaluation"]["id"] == {"n": 7}
 
 
 def test_the_card_says_its_promise_in_one_sentence_with_its_interval_and_what_it_was_calibrated_on(
