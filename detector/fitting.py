@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from detector.artifact import OOD_SPLIT, Artifact, CalibrationRecord, FitRecord, Manifest, sorted_ids, without_overlap
 from detector.backbone import Backbone, Precision
 from detector.calibrating import Calibrator, now
-from detector.calibration import calibration_rank, class_groups, exact, smallest_sample
+from detector.calibration import Guarantee, calibration_rank, class_groups, exact, smallest_sample
 from detector.data import Dataset, Subset, batches
 from detector.errors import (
     ArtifactError,
@@ -25,6 +26,7 @@ from detector.errors import (
     DataError,
     ScoreError,
     SplitOverlap,
+    TooFewSamples,
 )
 from detector.features import Collected, Gather, Report, collect, fit_scores, gather, silent, tune_scores
 from detector.images import Preprocessing, image_ids
@@ -118,6 +120,9 @@ def fit(
     export = _export(network)
     backbone = Backbone(network.module, network.preprocessing, early=network.early, device=device)
     class_names = _class_names(network, backbone)
+    group_size = _group_size(policy, len(class_names)) if per_class else 0
+    if tune is not None and len(tune) < group_size:
+        raise TooFewSamples(f"{len(tune)} tune images are too few to form one group; at least {group_size} are needed")
     options = replace(options or FitOptions(), num_classes=backbone.num_classes)
     _refuse_options(options, backbone, names)
     accuracy = check_class_order(backbone, train, class_names)
@@ -133,7 +138,7 @@ def fit(
     if tune is not None:
         tuned = _tune_split(backbone, tune, splits, report)
         tune_scores(fitted, tuned)
-        grouping = _groups(policy, class_names, tuned) if per_class else grouping
+        grouping = _groups(group_size, class_names, tuned) if per_class else grouping
     artifact = Artifact(
         manifest=Manifest(
             name=out.parent.name,
@@ -302,15 +307,22 @@ def _refuse_early(
         raise DataError(f"{', '.join(untuned)} needs a tune set: in-distribution images that nothing else is fitted on")
     if registry()[policy.score_name].backward:
         raise ScoreError(f"{policy.score_name} runs a backward pass and cannot decide; fit it beside another score")
-    alpha, alpha_conf = 1 - exact(policy.target_id_acceptance), exact(policy.alpha_conf)
-    if alpha_conf >= alpha:
+    alpha = 1 - exact(policy.target_id_acceptance)
+    if exact(policy.alpha_conf) >= alpha:
         raise CalibrationError(
             f"alpha_conf {policy.alpha_conf} leaves nothing of the budget {float(alpha):.4g} for OOD"
         )
-    budgets = [alpha - alpha_conf, alpha_conf] if alpha_conf else [alpha]
-    share = policy.guarantee.model_copy(update={"delta": policy.guarantee.delta / len(budgets)})
+    budgets, share = _promises(policy, groups=1)
     for budget in budgets:
         calibration_rank(len(calibration), budget, share)
+
+
+def _promises(policy: Policy, groups: int) -> tuple[list[Fraction], Guarantee]:
+    """The budgets that every group must keep, and the guarantee of each, as `Decider` shares delta out."""
+    alpha, alpha_conf = 1 - exact(policy.target_id_acceptance), exact(policy.alpha_conf)
+    budgets = [alpha - alpha_conf, alpha_conf] if alpha_conf else [alpha]
+    delta = policy.guarantee.delta / (groups * len(budgets))
+    return budgets, policy.guarantee.model_copy(update={"delta": delta})
 
 
 def _refuse_same(sets: Mapping[str, Dataset | None]) -> None:
@@ -350,10 +362,12 @@ def _record(images: int, accuracy: float, options: FitOptions) -> FitRecord:
     )
 
 
-def _groups(policy: Policy, class_names: Sequence[str], tuned: Collected) -> Grouping:
-    alpha = 1 - exact(policy.target_id_acceptance)
+def _group_size(policy: Policy, num_classes: int) -> int:
     # Sized for the worst case, every class a group of its own; twice over, because calibration counts vary.
-    delta = policy.guarantee.delta / len(class_names)
-    minimum = 2 * smallest_sample(alpha, policy.guarantee.model_copy(update={"delta": delta}))
+    budgets, share = _promises(policy, num_classes)
+    return 2 * max(smallest_sample(budget, share) for budget in budgets)
+
+
+def _groups(minimum: int, class_names: Sequence[str], tuned: Collected) -> Grouping:
     predicted = tuned.outputs.logits.argmax(1).cpu().numpy()
     return Grouping.by_class(class_groups(predicted, len(class_names), minimum), class_names)

@@ -178,6 +178,22 @@ def test_thresholds_for_each_class(tmp_path: Path) -> None:
     assert all(verdict.ood.group == verdict.prediction.label for verdict in verdicts)
 
 
+TWO_REASONS = Policy(target_id_acceptance=0.8, alpha_conf=0.02)  # a class needs 252 images for its second rank
+
+
+def test_classes_too_rare_for_the_second_reason_share_a_group(tmp_path: Path) -> None:
+    sets = toy_dataset(200, 1), toy_dataset(800, 2), tmp_path / "m" / "1"
+    manifest = fit(toy_network(), *sets, tune=toy_dataset(800, 3), options=OPTIONS, policy=TWO_REASONS, per_class=True)
+    assert manifest.group_names == ("other",)
+
+
+def test_a_tune_set_too_small_for_one_group_is_refused_before_the_fit(tmp_path: Path) -> None:
+    sets = toy_dataset(200, 1), toy_dataset(800, 2), tmp_path / "m" / "1"
+    with pytest.raises(TooFewSamples, match="503 tune images are too few to form one group; at least 504 are needed"):
+        fit(toy_network(), *sets, tune=toy_dataset(503, 3), options=OPTIONS, policy=TWO_REASONS, per_class=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_thresholds_for_each_class_need_a_tune_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="tune set"):
         fit(
