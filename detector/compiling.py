@@ -35,13 +35,14 @@ from detector.detector import Detector
 from detector.errors import BackboneError
 from detector.forward import Forward
 from detector.golden import draw
+from detector.images import Pixels
 from detector.machine import cpu_capabilities
-from detector.outputs import Outputs
+from detector.outputs import BATCH
 from detector.policy import DOUBT, doubt
 
 SIZES = (1, 4, 8)  # of batches: each costs its weights in memory again, and larger ones are no faster an image
 MOVES = "moves.json"
-DRAWN = 128  # images whose scores are compared
+DRAWN, MOST_BATCHES = 128, 16  # images whose scores are compared
 SAFETY = 4  # times the largest move seen
 
 
@@ -151,16 +152,21 @@ def _compiled(network: Forward, images: Tensor, threads: int) -> Path:
     return library
 
 
-def measured_moves(eager: Detector, settled: Detector) -> dict[str, float]:
-    """By score, and DOUBT, how far another form of the same model may move it: by drawn images, with a margin."""
+def measured_moves(eager: Detector, settled: Detector, size: int = BATCH) -> dict[str, float]:
+    """By score, and DOUBT, how far another form of the same model may move it: by drawn images, with a margin.
+
+    They are run in batches of `size`, at most sixteen of them.
+    """
     height, width, _ = eager.backbone.input_shape
-    images = draw(height, width, DRAWN, seed=1)
-    first, second = (_values(detector, detector.outputs(images)) for detector in (eager, settled))
+    images = draw(height, width, DRAWN, seed=1)[: MOST_BATCHES * size]
+    first, second = (_values(detector, images, size) for detector in (eager, settled))
     return {name: SAFETY * float(np.abs(first[name] - second[name]).max()) for name in first}
 
 
-def _values(detector: Detector, outputs: Outputs) -> dict[str, NDArray[np.float64]]:
-    return detector.scores(outputs) | {DOUBT: doubt(outputs.logits).cpu().numpy()}
+def _values(detector: Detector, images: Pixels, size: int) -> dict[str, NDArray[np.float64]]:
+    outputs = [detector.outputs(images[start : start + size]) for start in range(0, len(images), size)]
+    found = [detector.scores(part) | {DOUBT: doubt(part.logits).cpu().numpy()} for part in outputs]
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
 def _end_with_stdin() -> None:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from detector.backbone import Run
+from detector.outputs import BATCH
 
 Pair = tuple[Tensor, Tensor]
 Make = Callable[[Run, Tensor], Run]
 WARM_UP = 3  # runs before a recording: libraries choose their kernels in the first
+_one_recording = threading.Lock()  # at a time in a process: torch allows no more
 
 
 class Bucketed:
@@ -25,16 +27,23 @@ class Bucketed:
     Args:
         forward: what is prepared.
         make: from the forward and a batch of the size, what runs batches of that size.
+        largest: a power of two; larger batches are cut.
 
     Input: uint8 [N, H, W, 3] on the device, N > 0. Output: logits float32 [N, C], penultimate float32 [N, D].
     """
 
-    def __init__(self, forward: Run, make: Make) -> None:
-        self._forward, self._make = forward, make
+    def __init__(self, forward: Run, make: Make, largest: int = BATCH) -> None:
+        self._forward, self._make, self._largest = forward, make, largest
         self._made: dict[int, Run] = {}
         self._one_at_a_time = threading.Lock()
 
     def __call__(self, images: Tensor) -> Pair:
+        parts = [self._run(part) for part in torch.split(images, self._largest)]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([logits for logits, _ in parts]), torch.cat([penultimate for _, penultimate in parts])
+
+    def _run(self, images: Tensor) -> Pair:
         size = 1 << (len(images) - 1).bit_length()
         filled = images
         if len(images) < size:
@@ -53,17 +62,18 @@ def recorded(forward: Run, images: Tensor) -> Run:
     Raises:
         RuntimeError: the forward does something that cannot be recorded, or there is no memory for it.
     """
-    with torch.cuda.device(images.device):
+    with _one_recording, torch.cuda.device(images.device):
         placed = images.clone()
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # From another pool than the streams of uploads, which must not be recorded with it.
+        beside = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             for _ in range(WARM_UP):
                 forward(placed)
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        # What other threads do on the device meanwhile is neither recorded nor a reason to fail.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # What other threads do on their streams meanwhile is neither recorded nor a reason to fail.
+        with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):
             found = forward(placed)
 
     def run(images: Tensor) -> Pair:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import inf
@@ -33,6 +33,7 @@ from detector.compiling import Job, measured_moves
 from detector.detector import Detector
 from detector.errors import BackboneError, OodgateError
 from detector.machine import own_threads
+from detector.outputs import BATCH
 from detector.recording import Bucketed, recorded
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Settling:
         detector: the model as it serves now.
         model: its directory.
         directory: where compiled forwards are kept between starts; None compiles nothing, nor does a CUDA device.
-        record: whether a CUDA device records its forward as CUDA graphs.
+        record: batch sizes for which a CUDA device records its forward as CUDA graphs; none records nothing.
         hand_over: told, once and on another thread, of the detector that is to serve from now on.
         threads: of torch where the model serves; as many as this thread has where None.
         niceness: of the compiling process; 19 takes only what the server leaves.
@@ -71,7 +72,7 @@ class Settling:
         directory: Path | None,
         hand_over: Callable[[Detector], None],
         *,
-        record: bool = False,
+        record: Sequence[int] = (),
         threads: int | None = None,
         niceness: int = 19,
     ) -> None:
@@ -80,7 +81,8 @@ class Settling:
         self._directory = None if directory is None else directory.absolute()  # the compiler runs elsewhere
         self._niceness = niceness
         backbone = detector.backbone
-        wanted = record if detector.asynchronous else directory is not None
+        self._record = record
+        wanted = bool(record) if detector.asynchronous else directory is not None
         self._state = ForwardState(str(backbone.device), backbone.precision, backbone.mode, settled=not wanted)
         self._done = threading.Event()
         self._lock = threading.Lock()  # between `close` and the start of the compiling process
@@ -171,8 +173,17 @@ class Settling:
             raise BackboneError("torch.fx cannot trace the network, and with hooks on it nothing is recorded")
         forward = Bucketed(eager.backbone.forward, recorded)
         unproven = eager.with_forward(forward, {}, "recorded")
-        unproven.self_test(artifacts.load(self._model).golden)
-        return eager.with_forward(forward, measured_moves(eager, unproven), "recorded")
+        golden = artifacts.load(self._model).golden
+        moved = []
+        try:
+            for size in self._record:
+                again = torch.arange(min(size, BATCH)) % len(golden["images"])
+                unproven.self_test({name: stored[again] for name, stored in golden.items()})
+                moved.append(measured_moves(eager, unproven, size))
+        except RuntimeError as error:  # of torch; what it leaves of the device's memory then may not all be used again
+            raise BackboneError(f"it cannot be recorded: {error}. Restart without OODGATE_CUDA_GRAPHS") from error
+        largest = {name: max(each[name] for each in moved) for name in moved[0]}
+        return eager.with_forward(forward, largest, "recorded")
 
     def _compile(self, job: Job) -> None:
         found = compiler()

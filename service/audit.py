@@ -145,12 +145,13 @@ class Audit:
 
     def _rotate(self) -> None:
         self._sync()
-        for number in range(self._keep, 0, -1):
-            older = self._path.with_name(f"{FILE}.{number}")
-            if older.exists():
-                older.replace(self._path.with_name(f"{FILE}.{number + 1}"))
-        self._path.with_name(f"{FILE}.{self._keep + 1}").unlink(missing_ok=True)
-        self._path.replace(self._path.with_name(f"{FILE}.1"))
+        if self._path.exists():  # else the last time got no further: what was set aside then must not move on
+            for number in range(self._keep, 0, -1):
+                older = self._path.with_name(f"{FILE}.{number}")
+                if older.exists():
+                    older.replace(self._path.with_name(f"{FILE}.{number + 1}"))
+            self._path.with_name(f"{FILE}.{self._keep + 1}").unlink(missing_ok=True)
+            self._path.replace(self._path.with_name(f"{FILE}.1"))
         fresh = self._opened()
         self._file.close()  # not before its successor is there: a failure leaves a file to write to
         self._file = fresh

@@ -275,8 +275,9 @@ class Engine:
         of_model: dict[ServedModel, list[_Work]] = {}
         for work in waiting:
             of_model.setdefault(work.model, []).append(work)
-        batches = (self._in_time(model, works, now) for model, works in of_model.items())
-        batch = next(filter(None, batches), waiting[:1])  # an estimate by which nothing is in time may be wrong
+        batches = [batch for model, works in of_model.items() if (batch := self._in_time(model, works, now))]
+        # An estimate by which nothing is in time may be wrong.
+        batch = min(batches, key=lambda batch: batch[0].enqueued) if batches else waiting[:1]
         # In hand before they leave the queue: wherever the loop is lost, somebody knows of them.
         self._in_hand = [*(self._running.work if self._running else ()), *batch]
         taken = set(map(id, batch))
@@ -284,14 +285,13 @@ class Engine:
         return batch
 
     def _in_time(self, model: ServedModel, waiting: Sequence[_Work], now: float) -> list[_Work]:
-        """The largest bucket of a model's images that will be in time at its end; more of them where it is padded."""
+        """The largest bucket of a model's images that will be in time at its end: full, or padded by less than half."""
         # What would be late is not begun, or a crowd keeps the network busy with answers that nobody gets.
         seconds = self._seconds_of.get(model, self._image_seconds)
         for size in reversed(self.buckets):
-            if size <= len(waiting):
-                able = [work for work in waiting if work.deadline > now + seconds * size]
-                if len(able) >= size:
-                    return able[: self.buckets[-1] if model.detector.asynchronous else size]
+            able = [work for work in waiting if work.deadline > now + seconds * size][:size]
+            if len(able) == size or (model.detector.asynchronous and 2 * len(able) > size):
+                return able
         return []
 
     def _wait_for_more(self, until: float) -> None:

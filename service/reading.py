@@ -20,7 +20,8 @@ FORM_TYPE = "multipart/form-data"
 _CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"iso-8859-1")
 # What every parser reads alike: no `name*=`, no escapes, no parameter that the next one may not know.
 _PLAIN_FORM = re.compile(
-    r'multipart/form-data *; *(?:charset=[\w-]+ *; *)?boundary=("?)([^\s",;\\]+)\1 *(?:; *charset=[\w-]+ *)?', re.I
+    r'multipart/form-data\s*;\s*(?:charset="?[\w-]+"?\s*;\s*)?boundary=("?)([^\s",;\\]+)\1\s*(?:;\s*charset="?[\w-]+"?\s*)?;?',
+    re.I,
 )
 _FIELD_TYPES = (b"text/plain", b"application/json")
 _PLAIN_FIELD = re.compile(rb'form-data *; *name=("?)[^";\\]*\1 *', re.I)

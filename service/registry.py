@@ -351,7 +351,7 @@ class Registry:
             directory,
             compiled,
             partial(self._hand_over, model.detector),
-            record=settings.cuda_graphs,
+            record=buckets(settings.max_batch) if settings.cuda_graphs else (),
             threads=settings.torch_threads,
         )
         self._serve(model)

@@ -120,7 +120,7 @@ def _subjects(
     made = subject(options.network, options.size, options.bank, options.classes, device, precision)
     prepared = {}
     for name, make in forms.items():
-        backbone = made.backbone.with_forward(Bucketed(bare(made.backbone), make), "compiled")
+        backbone = made.backbone.with_forward(Bucketed(bare(made.backbone), make, max(BATCHES)), "compiled")
         prepared[name] = Subject(backbone, made.grood, made.decider)
     return made, prepared
 

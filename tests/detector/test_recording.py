@@ -56,6 +56,13 @@ def test_each_bucket_is_recorded_once() -> None:
     assert recorder.sizes == [1, 4, 2, 8]
 
 
+def test_a_batch_beyond_the_largest_is_cut() -> None:
+    recorder = Recorder()
+    for found, expected in zip(Bucketed(network, recorder, largest=4)(IMAGES[:7]), network(IMAGES[:7]), strict=True):
+        assert torch.equal(found, expected)
+    assert recorder.sizes == [4]
+
+
 def test_an_answer_stays_when_the_next_batch_runs() -> None:
     bucketed = Bucketed(network, Recorder())
     logits, penultimate = bucketed(IMAGES[:2])
@@ -92,7 +99,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     told: list[str] = []
 
     class Stream:
-        def __init__(self, name: str = "beside") -> None:
+        def __init__(self, name: str = "beside", priority: int = 0) -> None:
             self.name = name
 
         def wait_stream(self, other: Stream) -> None:
@@ -103,8 +110,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             told.append("replay")
 
     @contextmanager
-    def recording(graph: Graph, *, capture_error_mode: str) -> Iterator[None]:
-        told.append(f"record, {capture_error_mode}")
+    def recording(graph: Graph, *, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        told.append(f"record {stream.name}, {capture_error_mode}")
         yield
         told.append("recorded")
 
@@ -128,7 +135,7 @@ def test_a_recording_follows_runs_on_a_stream_of_its_own(steps: list[str]) -> No
 
     recorded(forward, IMAGES)
     beside = ["beside waits for current", *["forward"] * WARM_UP, "current waits for beside"]
-    assert steps == [*beside, "record, thread_local", "forward", "recorded"]
+    assert steps == [*beside, "record beside, thread_local", "forward", "recorded"]
 
 
 def test_a_replay_reads_the_images_where_they_were_recorded(steps: list[str]) -> None:

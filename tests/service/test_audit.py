@@ -52,6 +52,23 @@ def test_a_rotation_that_fails_loses_counted_lines_until_it_succeeds(tmp_path: P
     assert 3 in lines(tmp_path)
 
 
+def test_a_file_that_was_taken_away_is_replaced_by_the_next_rotation_and_nothing_set_aside_moves_on(
+    tmp_path: Path,
+) -> None:
+    lost: list[int] = []
+    (tmp_path / "audit.jsonl.1").write_text('{"n": 0}\n')
+    audit = Audit(tmp_path, max_bytes=1, keep=1, on_loss=lost.append)
+    audit.write({"n": 1})
+    while not (tmp_path / "audit.jsonl").stat().st_size:
+        pass
+    (tmp_path / "audit.jsonl").unlink()
+    audit.write({"n": 2})
+    audit.close()
+    assert not lost
+    assert sorted(lines(tmp_path)) == [0, 2]
+    assert (tmp_path / "audit.jsonl.1").read_text() == '{"n": 0}\n'
+
+
 def test_a_disk_that_is_full_for_a_while_costs_the_lines_it_has_no_room_for(tmp_path: Path) -> None:
     lost = threading.Semaphore(0)
     audit = Audit(tmp_path, max_bytes=10**9, keep=1, on_loss=lost.release)

@@ -551,6 +551,25 @@ def test_the_window_of_an_image_that_waited_for_the_device_is_over() -> None:
     run(body, window_s=40.0)
 
 
+def test_a_model_with_more_than_it_can_answer_in_time_leaves_others_their_turn() -> None:
+    gate, other_gate = Gate(is_open=False), Gate()
+    model, other = gate.model, other_gate.model
+    other_gate.batches = gate.batches  # in one order
+
+    async def body(engine: Engine) -> None:
+        first = asyncio.create_task(engine.judge(model, image(0), soon(900)))
+        assert await asyncio.to_thread(gate.entered.wait, 20)
+        arrivals = [(model, 1, 100), (other, 2, 900), (model, 3, 900)]  # the first of them would be late
+        waiting = [asyncio.create_task(engine.judge(m, image(value), soon(s))) for m, value, s in arrivals]
+        await asyncio.sleep(0)
+        engine._image_seconds = 150.0
+        gate.opened.set()
+        await asyncio.gather(first, *waiting)
+        assert gate.batches == [[0], [2], [3], [1]]
+
+    run(body)
+
+
 def test_models_that_take_turns_have_their_shadows_scored_alike() -> None:
     gates = Gate(), Gate()
     models = [dataclasses.replace(gate.model, shadow_ratio=0.5) for gate in gates]

@@ -234,8 +234,10 @@ def test_a_form_of_which_every_image_is_late_counts_each_of_them(
     toy_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = threading.Event()
-    with serving(Settings(models=toy_models, request_timeout_s=0.5)) as running:
-        monkeypatch.setattr(running.context.registry.get().detector, "finish_judging", lambda *_: opened.wait(60))
+    with serving(Settings(models=toy_models, request_timeout_s=2.0)) as running:
+        detector = running.context.registry.get().detector
+        finish = detector.finish_judging
+        monkeypatch.setattr(detector, "finish_judging", lambda *given: opened.wait(60) and finish(*given))
         answer = form(running.client, GOOD, NOISE)
         opened.set()
         assert_problem(answer, 504, "deadline_passed")
