@@ -421,8 +421,9 @@ def test_nothing_is_recorded_where_it_was_not_asked_for(eager: Detector, toy: Pa
 
 @pytest.mark.usefixtures("working_alone")
 def test_a_server_that_is_told_to_records_the_forward(toy_models: Path) -> None:
-    with serving(Settings(models=toy_models, cuda_graphs=True)) as running:
+    with serving(Settings(models=toy_models, cuda_graphs=True, max_batch=2)) as running:
         client = running.client
+        assert running.context.registry._settling["toy"].wait(PATIENCE_S)
         wait_until(lambda: client.get("/v1/models/toy").json()["forward"]["settled"])
         assert client.get("/v1/models/toy").json()["forward"]["mode"] == "recorded"
         assert post(client, GOOD).status_code == 200
