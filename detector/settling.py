@@ -157,7 +157,8 @@ class Settling:
                 Job(model=self._model, precision=precision, threads=self._threads, out=out, niceness=self._niceness)
             )
         for other in self._directory.glob(f"{family}*"):
-            if other != out:
+            unfinished = "." in other.name.removeprefix(family)
+            if other != out and not (unfinished and _may_be_made_now(other)):
                 shutil.rmtree(other, ignore_errors=True)  # of an earlier version, or another torch
         try:
             forward, moves = CompiledForward(compiling.libraries(out), self._threads), compiling.moves(out)
@@ -254,6 +255,14 @@ def _kill(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         with suppress(ProcessLookupError):  # it ended meanwhile
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def _may_be_made_now(unfinished: Path) -> bool:
+    """Whether another server that keeps its compiled forwards here may be at it still."""
+    try:
+        return time.time() - unfinished.stat().st_mtime < LIMIT_S
+    except FileNotFoundError:  # it has just finished
+        return True
 
 
 def compiler() -> str | None:

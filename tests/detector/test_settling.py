@@ -205,6 +205,22 @@ def test_a_damaged_library_leaves_the_eager_forward_in_force(
     assert not made.exists()  # so that the next start makes it again
 
 
+@needs_compiler
+def test_what_another_server_is_compiling_is_left_alone_and_what_nobody_finished_is_removed(
+    settled: tuple[Path, list[Detector]], eager: Detector, toy: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(settled[0], tmp_path / "compile")
+    (made,) = copy.iterdir()
+    earlier = made.with_name(made.name[:-4] + "0000")
+    others = [made.with_name(f"{made.name}.{kind}") for kind in ("partial-1", "work-a", "partial-2", "work-b")]
+    for path in (earlier, *others):
+        path.mkdir()
+    for path in others[2:]:
+        os.utime(path, (0, 0))
+    assert settle(eager, toy, copy)[0].mode == "compiled"
+    assert set(copy.iterdir()) == {made, *others[:2]}
+
+
 def test_without_a_compiler_the_forward_stays_eager_and_one_line_says_so(
     eager: Detector, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
