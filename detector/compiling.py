@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -126,8 +127,7 @@ def run(job: Job) -> None:
             settled = eager.with_forward(CompiledForward({1: libraries(made)[1], size: path}), {})
             settled.self_test(artifact.golden)
             moved.append(measured_moves(eager, settled))
-        largest = {name: max(each[name] for each in moved) for name in moved[0]}
-        (made / MOVES).write_text(json.dumps(largest))
+        (made / MOVES).write_text(json.dumps(largest(moved)))
         if not job.out.exists():  # else another process was faster
             made.replace(job.out)
     finally:
@@ -161,6 +161,11 @@ def measured_moves(eager: Detector, settled: Detector, size: int = BATCH) -> dic
     images = draw(height, width, DRAWN, seed=1)[: MOST_BATCHES * size]
     first, second = (_values(detector, images, size) for detector in (eager, settled))
     return {name: SAFETY * float(np.abs(first[name] - second[name]).max()) for name in first}
+
+
+def largest(moves: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The largest of several moves, by score."""
+    return {name: max(each[name] for each in moves) for name in moves[0]}
 
 
 def _values(detector: Detector, images: Pixels, size: int) -> dict[str, NDArray[np.float64]]:

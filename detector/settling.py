@@ -183,8 +183,7 @@ class Settling:
                 moved.append(measured_moves(eager, unproven, size))
         except RuntimeError as error:  # of torch; what it leaves of the device's memory then may not all be used again
             raise BackboneError(f"it cannot be recorded: {error}. Restart without OODGATE_CUDA_GRAPHS") from error
-        largest = {name: max(each[name] for each in moved) for name in moved[0]}
-        return eager.with_forward(forward, largest, "recorded")
+        return eager.with_forward(forward, compiling.largest(moved), "recorded")
 
     def _compile(self, job: Job) -> None:
         found = compiler()

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -21,9 +20,8 @@ from typing import TypeVar
 
 import torch
 
-from detector.artifact import MANIFEST, REPORT, read_manifest
 from detector.detector import Detector
-from detector.errors import ArtifactCorrupt, ArtifactError, ArtifactNotFound, OodgateError, ScoreError
+from detector.errors import ArtifactCorrupt, ArtifactNotFound, OodgateError, ScoreError
 from detector.machine import own_threads, reclaim_memory, return_freed_memory
 from detector.policy import Policy
 from detector.settling import ForwardState, Settling
@@ -32,7 +30,7 @@ from service.metrics import Metrics
 from service.policies import Policies, completed
 from service.served import ServedModel, buckets, warm_up
 from service.settings import Settings
-from service.versions import PinnedVersions
+from service.versions import PinnedVersions, all_versions, as_it_is, newest_versions, number
 from service.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -104,7 +102,7 @@ class Registry:
 
     def _wanted(self, name: str) -> list[Path]:
         """What to serve of a model at a start, best first: the version that the admin went back to, then the newest."""
-        versions = sorted(self._versions(name), key=_number, reverse=True)
+        versions = sorted(self._versions(name), key=number, reverse=True)
         pinned = self._pinned.read(name)
         if pinned is None:
             return versions
@@ -192,8 +190,8 @@ class Registry:
             there = ", ".join(f"{path.parent.name}/{path.name}" for path in found) or "none of that name"
             wanted = name if version is None else f"{name}/{version}"
             raise ModelNotFound(f"there is no {wanted} in the folder of models; there is {there}")
-        directory = max(chosen, key=_number)
-        if directory == max(found, key=_number):
+        directory = max(chosen, key=number)
+        if directory == max(found, key=number):
             remember = partial(self._pinned.release, name)
         else:
             remember = partial(self._pinned.pin, name, directory.name, changed_by)
@@ -209,7 +207,7 @@ class Registry:
         """
         async with self._one_change:
             version = self.get(name).detector.manifest.version
-            tried = await self._aside(lambda: {path: (_as_it_is(path), inf) for path in self._versions(name)})
+            tried = await self._aside(lambda: {path: (as_it_is(path), inf) for path in self._versions(name)})
             await self._aside(partial(self._pinned.release, name))
             self._tried |= tried
             self._watch.end(name)
@@ -259,16 +257,16 @@ class Registry:
     async def _load_if_newer(self, directory: Path) -> None:
         if not self._newer(directory):
             return
-        as_it_is = await self._aside(partial(_as_it_is, directory))
+        found = await self._aside(partial(as_it_is, directory))
         known, until = self._tried.get(directory, (None, inf))
-        if known == as_it_is and time.monotonic() < until:
+        if known == found and time.monotonic() < until:
             return
-        self._tried[directory] = as_it_is, inf
+        self._tried[directory] = found, inf
         try:
             await self._replace(directory)
         except Exception as error:
             if _may_pass(error):
-                self._tried[directory] = as_it_is, time.monotonic() + RETRY_S
+                self._tried[directory] = found, time.monotonic() + RETRY_S
             raise
 
     def _newer(self, directory: Path) -> bool:
@@ -277,7 +275,7 @@ class Registry:
         served = self._models.get(name)
         if served is None:
             return True
-        return _number(directory) > int(served.detector.manifest.version) and not self.pinned(name)
+        return number(directory) > int(served.detector.manifest.version) and not self.pinned(name)
 
     def close(self) -> None:
         """End what loads and what compiles."""
@@ -383,19 +381,6 @@ def _let_go(settling: Settling) -> None:
     reclaim_memory()
 
 
-def _number(directory: Path) -> int:
-    return int(directory.name)
-
-
-def _as_it_is(directory: Path) -> dict[str, object]:
-    """What changes when a version is mended or replaced, and not when it is only evaluated again."""
-    files: dict[str, object] = {}
-    with suppress(ArtifactError, OSError):  # a manifest that is none is told by its time, as every other file
-        files |= {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
-        files |= {MANIFEST: read_manifest(directory).model_digest, REPORT: REPORT in files}
-    return files
-
-
 def _may_pass(error: Exception) -> bool:
     """Whether a load failed for more than what the version's files say: a device out of memory, a disk."""
     return not isinstance(error, OodgateError) or isinstance(error.__cause__, OSError | torch.cuda.OutOfMemoryError)
@@ -405,15 +390,3 @@ def _failure(version: str, error: Exception) -> LoadFailure:
     if isinstance(error, OodgateError):
         return LoadFailure(version, error.code, str(error))
     return LoadFailure(version, "internal_error", f"unexpected {type(error).__name__}; the log has more")
-
-
-def all_versions(models: Path) -> list[Path]:
-    """Every NAME/NUMBER that holds a manifest; directories of other names are left alone."""
-    return [path.parent for path in models.glob(f"*/*/{MANIFEST}") if path.parent.name.isdecimal()]
-
-
-def newest_versions(models: Path) -> list[Path]:
-    """The version with the largest number of each model."""
-    versions = sorted(all_versions(models), key=lambda path: int(path.name))
-    newest = {path.parent.name: path for path in versions}
-    return [newest[name] for name in sorted(newest)]

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Versions that the admin went back to while serving; they outlive a restart."""
+"""The versions of the models on disk, and those that the admin went back to while serving, which outlive a restart."""
 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from detector.artifact import MANIFEST, REPORT, read_manifest
+from detector.errors import ArtifactError
 from service.state import read_whole, remove, write_whole
 
 
@@ -55,3 +58,29 @@ class PinnedVersions:
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.version"
+
+
+def all_versions(models: Path) -> list[Path]:
+    """Every NAME/NUMBER that holds a manifest; directories of other names are left alone."""
+    return [path.parent for path in models.glob(f"*/*/{MANIFEST}") if path.parent.name.isdecimal()]
+
+
+def newest_versions(models: Path) -> list[Path]:
+    """The version with the largest number of each model."""
+    versions = sorted(all_versions(models), key=number)
+    newest = {path.parent.name: path for path in versions}
+    return [newest[name] for name in sorted(newest)]
+
+
+def number(directory: Path) -> int:
+    """Of a version, by its directory."""
+    return int(directory.name)
+
+
+def as_it_is(directory: Path) -> dict[str, object]:
+    """What changes when a version on disk is mended or replaced, and not when it is only evaluated again."""
+    files: dict[str, object] = {}
+    with suppress(ArtifactError, OSError):  # a manifest that is none is told by its time, as every other file
+        files |= {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
+        files |= {MANIFEST: read_manifest(directory).model_digest, REPORT: REPORT in files}
+    return files

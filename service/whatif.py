@@ -21,7 +21,7 @@ from detector.calibration import Guarantee, GuaranteeKind
 from detector.detector import calibration_scores, check_target
 from detector.errors import ArtifactError, CalibrationError, DataError
 from detector.policy import Decider, Decision, Policy
-from service.registry import all_versions
+from service.versions import all_versions
 
 
 # JSON has null where a number was none.

@@ -28,8 +28,8 @@ from detector.nvjpeg import NvJpeg
 from detector.outputs import Outputs
 from service import Settings, create_app, routes
 from service.metrics import HANDLERS, Metrics
-from service.registry import newest_versions
 from service.settings import unknown_variables
+from service.versions import newest_versions
 from tests.helpers import EMBEDDED, GOOD, encoded, photo
 from tests.service.conftest import serving
 

@@ -20,7 +20,7 @@ import torch
 
 from detector import Detector, artifact as artifacts
 from detector.artifact import MANIFEST, SCORES
-from service.registry import newest_versions
+from service.versions import newest_versions
 from tests.helpers import GOOD
 from tests.service.conftest import Running, serving
 from tests.service.test_admin import BOSS, add_version, load, settings
